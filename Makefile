@@ -1,0 +1,59 @@
+# mmfuse: every target says what it does; the first call of any of them makes .venv (torch: about 5 GB), later calls are quick.
+PYTHON ?= python3
+NB ?= all
+BIN := .venv/bin
+READY := .venv/.ready
+# Notebooks, tests and commands see this checkout and the same seed for hashes.
+export PYTHONHASHSEED := 0
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test ledger docs run export clean setup
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "make %-9s %s\n", $$1, $$2}'
+
+setup: $(READY) ## create .venv and install everything that the course needs
+
+$(READY): settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmfuse needs Python 3.11 or newer; this is " + sys.version.split()[0] + ": call make PYTHON=python3.12, say")'
+	@echo "==> creating .venv and installing (the first time: 3 to 10 minutes, 6 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev,offline]'
+	@touch $(READY)
+
+lab: $(READY) ## open JupyterLab on the course
+	@echo "==> JupyterLab opens on nbs/index.ipynb; Ctrl-C ends it"
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+test: $(READY) ## notebooks, docs site, pytest: what CI runs
+	@echo "==> testing every notebook"
+	$(BIN)/nbdev_test --n_workers 2
+	@echo "==> building the docs site and checking its links"
+	$(BIN)/python tools/site.py
+	@echo "==> pytest (it also checks that notebooks are clean and mmfuse/ is in step with them)"
+	$(BIN)/python -m pytest
+
+ledger: $(READY) ## train all arms on the toy COCO and print the fusion ledger
+	@echo "==> the fusion ledger on the toy COCO; the result goes to ledger.json and ledger.png"
+	$(BIN)/mmfuse ledger --out ledger.json
+
+docs: $(READY) ## build the docs site into _docs/
+	@echo "==> building the docs site"
+	$(BIN)/python tools/site.py
+	@echo "==> open _docs/index.html, or: python -m http.server --directory _docs"
+
+run: $(READY) ## execute one notebook and keep its outputs: make run NB=05 (NB=all for every one)
+	@echo "==> executing $(NB) in a fresh kernel"
+	$(BIN)/python tools/execute.py $(NB)
+
+export: $(READY) ## clean the notebooks and write mmfuse/ from them
+	@echo "==> cleaning the notebooks, then exporting mmfuse/"
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+
+clean: ## remove everything that was built, but not .venv
+	@echo "==> removing built files"
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .hypothesis ledger.json ledger.png
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,32 @@
+"""Packaging: everything is read from settings.ini, which nbdev reads too."""
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+_parser = ConfigParser(delimiters=["="], interpolation=None)
+_parser.read(HERE / "settings.ini", encoding="utf-8")
+cfg = _parser["DEFAULT"]
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "offline")}
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"].split(),
+    packages=find_packages(include=["mmfuse", "mmfuse.*"]),
+    package_data={"mmfuse": ["py.typed", "weights/*"]},
+    include_package_data=True,
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(),
+    extras_require=extras,
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    zip_safe=False,
+)

@@ -1,0 +1,66 @@
+"""The notebooks are clean, and mmfuse/ is what they export."""
+
+import ast
+import filecmp
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDER = """files viz metrics losses data toy download preprocessing image_encoder text_encoder token_cache attention
+pooled_fusion token_fusion fusion alignment training ledger diagnostics classifier exercises shards cli""".split()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    "A copy of the project in which the notebooks were cleaned and exported anew."
+    copy = tmp_path_factory.mktemp("sync")
+    for name in ("nbs", "mmfuse"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True,
+                        ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "setup.py", "_quarto.yml"):
+        shutil.copy(ROOT / name, copy / name)
+    for module in (copy / "mmfuse").glob("*.py"):
+        module.unlink()
+    (copy / "mmfuse" / "__init__.py").write_text((ROOT / "mmfuse" / "__init__.py").read_text())
+    for command in ("nbdev_clean", "nbdev_export"):
+        done = subprocess.run([Path(sys.executable).parent / command], cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return copy
+
+
+def test_notebooks_are_clean(exported):
+    changed = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
+               if ".ipynb_checkpoints" not in p.parts
+               and p.read_bytes() != (exported / p.relative_to(ROOT)).read_bytes()]
+    assert not changed, f"run `make export`: not clean: {changed}"
+
+
+def test_package_is_what_the_notebooks_export(exported):
+    ours, theirs = ({p.name for p in (root / "mmfuse").glob("*.py")} for root in (ROOT, exported))
+    assert ours == theirs, f"run `make export`: {sorted(ours ^ theirs)}"
+    _, mismatch, errors = filecmp.cmpfiles(ROOT / "mmfuse", exported / "mmfuse", sorted(ours), shallow=False)
+    assert not mismatch + errors, f"run `make export`: out of step: {mismatch + errors}"
+
+
+def imports_of(path):
+    "The modules of mmfuse that a module imports, inside functions too."
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            if node.level and not node.module:
+                yield from (a.name for a in node.names)
+            elif node.level or (node.module or "").startswith("mmfuse."):
+                yield (node.module or "").removeprefix("mmfuse.").split(".")[0]
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("mmfuse."))
+
+
+@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "mmfuse").glob("*.py") if not p.name.startswith("_")),
+                         ids=lambda p: p.stem)
+def test_imports_run_one_way(path):
+    assert path.stem in ORDER, f"name '{path.stem}' in ORDER, after everything it imports"
+    wrong = [m for m in imports_of(path) if m in ORDER and ORDER.index(m) >= ORDER.index(path.stem)]
+    assert not wrong, f"{path.stem} imports {wrong}, which come after it"
