@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../nbs/appendix/files.ipynb #86fdcdcc
@@ -74,7 +75,9 @@ def check_output(
 # %% ../nbs/appendix/files.ipynb #e5df2afd
 def _commit() -> str: # a short hash, with `+` when the checkout was changed, or the version of an installed package
     "What code this is."
-    def git(*args): return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=True).stdout.strip()
+    here = Path(find_spec("mmfuse").origin).parent
+    def git(*args):
+        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
     try: return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
     except (OSError, subprocess.CalledProcessError): return version("mmfuse")
 

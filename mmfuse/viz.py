@@ -6,6 +6,8 @@
 __all__ = ['TEXT', 'IMAGE', 'FUSED', 'CEILING', 'INK', 'color_of', 'style', 'new_figure', 'show_images', 'bars', 'heat']
 
 # %% ../nbs/appendix/viz.ipynb #00d0e8fd
+from textwrap import fill
+
 import numpy as np
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -66,7 +68,7 @@ def show_images(
     for ax in axes.flat: ax.set_axis_off()
     for i, (ax, image) in enumerate(zip(axes.flat, images)):
         ax.imshow(_array(image), cmap="gray")
-        if titles is not None: ax.set_title(titles[i], fontsize=8, wrap=True)
+        if titles is not None: ax.set_title(fill(titles[i], int(size * 13)), fontsize=8)
     return fig
 
 # %% ../nbs/appendix/viz.ipynb #85be9db0
