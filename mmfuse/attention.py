@@ -25,7 +25,7 @@ def _over_scores(
         raise MmfuseError(f"a mask must be bool, True = a real token; got {mask.dtype}: use mask.bool()")
     given = tuple(mask.shape)
     if mask.ndim == 1: mask = mask.unsqueeze(0)  # (1, K)
-    if mask.ndim == 2 and q.ndim > 2: mask = mask.reshape(len(mask), *[1] * (q.ndim - 2), -1)  # (B, 1.., K)
+    if mask.ndim == 2 and q.ndim > 2: mask = mask.view(mask.shape[0], *[1] * (q.ndim - 2), mask.shape[1])  # (B, 1.., K)
     elif mask.ndim == 3 and q.ndim == 4: mask = mask.unsqueeze(1)  # (B, 1, Q, K)
     scores = (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2])
     if mask.ndim != len(scores) or mask.shape[-1] != scores[-1] or any(m not in (1, s) for m, s in zip(mask.shape, scores)):
@@ -96,7 +96,7 @@ class MultiHeadAttention(nn.Module):
             weights = attention_weights(q, k, mask)  # (B, H, Q, K)
             out = F.dropout(weights, p) @ v  # (B, H, Q, D/H)
         out = self.out(merge_heads(out))  # (B, Q, D)
-        if mask is not None: out = torch.where(mask.any(-1).view(len(out), -1, 1), out, 0)
+        if mask is not None: out = torch.where(mask.any(-1).view(out.shape[0], -1, 1), out, 0)
         return (out, weights) if need_weights else out
 
     def _check(self, q, kv, mask):
@@ -104,8 +104,8 @@ class MultiHeadAttention(nn.Module):
         for name, x, layer in (("queries", q, self.q), ("tokens", kv, self.k)):
             if x.ndim != 3 or x.shape[-1] != layer.in_features:
                 raise MmfuseError(f"expected {name} (B, n, {layer.in_features}), got {tuple(x.shape)}")
-        if len(q) != len(kv): raise MmfuseError(f"queries are of {len(q)} samples and tokens of {len(kv)}")
-        if mask is not None and tuple(mask.shape) not in ((len(kv), kv.shape[1]), (len(kv), q.shape[1], kv.shape[1])):
+        if q.shape[0] != kv.shape[0]: raise MmfuseError(f"queries are of {q.shape[0]} samples and tokens of {kv.shape[0]}")
+        if mask is not None and tuple(mask.shape) not in ((kv.shape[0], kv.shape[1]), (q.shape[0], q.shape[1], kv.shape[1])):
             raise MmfuseError(f"expected a mask (B, K) = {tuple(kv.shape[:2])} or (B, Q, K), got {tuple(mask.shape)}")
         if mask is not None and mask.dtype != torch.bool:
             raise MmfuseError(f"a mask must be bool, True = a real token; got {mask.dtype}: use mask.bool()")
