@@ -89,6 +89,7 @@ class TextEncoder(nn.Module):
         if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
         check_tokenizer(tokenizer, name, model.get_input_embeddings().num_embeddings)
         tokenizer.model_max_length = self.max_length = min(tokenizer.model_max_length, _positions(model))
+        self.train(model.training)
 
     def forward(self,
         input_ids:Tensor, # long (B, T)
@@ -222,8 +223,10 @@ def _hub(name:str, pretrained:bool) -> Path: # a folder in the local cache
 
 # %% ../nbs/03_text_encoder.ipynb #aa74e112
 def _line(e:Exception) -> str:
-    "The first line of an error that says something."
-    return next((x.strip().rstrip(".:") for x in str(e).splitlines() if x.strip()), type(e).__name__)
+    "The first line of an error that says something, cut to a length that reads."
+    if isinstance(e, pickle.UnpicklingError): return "a pickle that holds more than tensors, which could run any program"
+    line = next((x.strip().rstrip(".:") for x in str(e).splitlines() if x.strip()), type(e).__name__)
+    return line if len(line) < 160 else line[:160] + "..."
 
 # %% ../nbs/03_text_encoder.ipynb #e28f82c7
 def locate(
@@ -251,8 +254,8 @@ def _check_file(path:Path):
         if re.fullmatch("[0-9a-f]{64}", blob):
             with open(path, "rb") as f: same = hashlib.file_digest(f, "sha256").hexdigest() == blob
             if not same: raise ValueError("its SHA-256 is not the hub's")
-        if path.suffix == ".json": json.loads(path.read_text("utf-8"))
-        elif path.suffix == ".safetensors":
+        if path.suffix == ".json" and not isinstance(json.loads(path.read_text("utf-8")), dict): raise ValueError("not an object")
+        if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f: f.keys()
         elif path.suffix == ".bin": torch.load(path, map_location="cpu", weights_only=True)
     except (ValueError, SafetensorError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
@@ -284,11 +287,11 @@ def _from_folder(folder:Path, name:str, pretrained:bool) -> TextEncoder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
             config = AutoConfig.from_pretrained(folder, **safe)
-            if not pretrained: model, lost = AutoModel.from_config(config), []
+            if not pretrained: model, lost = AutoModel.from_config(config).eval(), []
             else:
                 model, info = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True, **safe)
                 lost = sorted(k for k in info["missing_keys"] if "pooler" not in k)
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError) as e:
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as e:
             raise MmfuseError(f"cannot load text encoder '{name}' from '{folder}': {_line(e)}") from None
     if lost: raise MmfuseError(f"'{weights[0]}' lacks {len(lost)} of the tensors of '{name}', '{lost[0]}' first: the wrong file?")
     return TextEncoder(_text_part(model), tokenizer, name)
@@ -335,4 +338,5 @@ def make_text_encoder(
     folder = locate(name, pretrained)
     name = name.removeprefix("hf:")
     if name == "tiny": return _tiny(folder, pretrained)
-    return _from_folder(folder, folder.name if Path(name).expanduser().is_dir() else name, pretrained).eval()
+    label = folder.name if Path(name).expanduser().is_dir() else name.partition("@")[0]
+    return _from_folder(folder, label, pretrained)
