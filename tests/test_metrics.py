@@ -271,7 +271,7 @@ def test_accumulating_in_any_order_gives_the_same():
     for k, rows in enumerate(np.array_split(RNG.permutation(200), 9)):
         parts[k % 3].update(torch.tensor(scores[rows]), torch.tensor(y[rows]), torch.tensor(ids[rows]))
     parts[0].update(scores[:10], y[:10], ids[:10]) # a sampler that pads repeats pictures
-    merged = Accumulator().merge(parts[2]).merge(Accumulator()).merge(parts[0]).merge(parts[1])
+    merged = Accumulator().merge(parts[2], Accumulator()).merge(parts[0], parts[1])
     assert len(merged) == 200
     for ours, theirs in zip(merged.stack(), whole.stack()):
         np.testing.assert_array_equal(ours, theirs)
@@ -292,12 +292,12 @@ PROCESS = """
 import sys
 import numpy as np
 import torch
-from mmfuse.metrics import Accumulator, mean_average_precision
+from mmfuse.metrics import Accumulator, gather, mean_average_precision
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 scores, y = np.load(f"{folder}/scores.npy"), np.load(f"{folder}/y.npy")
 rows = list(torch.utils.data.DistributedSampler(range(len(y)), 2, rank, shuffle=False))
-together = Accumulator().update(scores[rows], y[rows], rows).gather()
+together = gather(Accumulator().update(scores[rows], y[rows], rows))
 print(len(rows), len(together), mean_average_precision(*together.stack()[:2]))
 torch.distributed.destroy_process_group()
 """
