@@ -124,7 +124,7 @@ SYNONYMS = {name.strip(): (name.strip(), *(w.strip() for w in words.split(",")))
             for name, words in (line.split(":") for line in _WORDS.replace("\n ", " ").split("\n"))}
 
 # %% ../nbs/00_data.ipynb #314253be
-_NOTHING = ("hot plate", "bear hug", "orange and", "orange juice", "bat signal", "orange shirt", "orange jacket", "orange vest", "orange cat", "orange tabby cat", "orange wall",
+_NOTHING = ("hot plate", "bear hug", "orange and white", "orange and black", "orange juice", "bat signal", "orange shirt", "orange jacket", "orange vest", "orange cat", "orange tabby cat", "orange wall",
             "orange light", "orange truck", "orange bus", "orange train", "orange tie", "orange umbrella", "orange kite", "orange hat", "bright orange", "orange flower", "orange cone",
             "toilet paper", "bird house", "birdhouse", "bus stop", "bus station", "bus driver", "train station", "train track", "train tracks", "truck driver", "boat dock", "dog bed",
             "cat bed", "truck bed", "flower bed", "flowerbed", "baseball game", "baseball field", "baseball player", "baseball uniform", "baseball team", "baseball diamond", "football field",
