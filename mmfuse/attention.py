@@ -22,13 +22,15 @@ def _over_scores(
 ) -> Tensor: # bool, broadcasts over scores (..., Q, K)
     "A mask in the shape of the scores."
     if mask.dtype != torch.bool:
-        raise MmfuseError(f"a mask must be bool, True = a real token; got {mask.dtype}: use mask.bool()")
+        raise MmfuseError(f"a mask must be bool, True = a real token; got {mask.dtype}")
     given = tuple(mask.shape)
     if mask.ndim == 1: mask = mask.unsqueeze(0)  # (1, K)
-    if mask.ndim == 2 and q.ndim > 2: mask = mask.view(mask.shape[0], *[1] * (q.ndim - 2), mask.shape[1])  # (B, 1.., K)
+    if mask.ndim == 2 and q.ndim > 2:
+        mask = mask.view(mask.shape[0], *[1] * (q.ndim - 2), mask.shape[1])  # (B, 1.., K)
     elif mask.ndim == 3 and q.ndim == 4: mask = mask.unsqueeze(1)  # (B, 1, Q, K)
     scores = (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2])
-    if mask.ndim != len(scores) or mask.shape[-1] != scores[-1] or any(m not in (1, s) for m, s in zip(mask.shape, scores)):
+    fits = mask.ndim == len(scores) and mask.shape[-1] == scores[-1]
+    if not fits or any(m not in (1, s) for m, s in zip(mask.shape, scores)):
         raise MmfuseError(f"a mask {given} does not fit scores {scores}: give (B, K) or all axes")
     return mask
 
@@ -60,7 +62,8 @@ def attend(
     read = mask.any(-2).unsqueeze(-1)  # (..., K, 1)
     k, v = torch.where(read, k, 0), torch.where(read, v, 0)
     some = mask.any(-1, keepdim=True)  # (..., Q|1, 1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~some, dropout_p=dropout)  # (..., Q, Dv)
+    mask = mask | ~some
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (..., Q, Dv)
     return torch.where(some, out, 0)
 
 # %% ../nbs/04_attention.ipynb #bb901bba
@@ -84,16 +87,18 @@ def _check_tokens(q:Tensor, kv:Tensor, mask:Tensor|None, widths:tuple[int, int])
     for name, x, width in zip(("queries", "tokens"), (q, kv), widths):
         if x.ndim != 3 or x.shape[-1] != width:
             raise MmfuseError(f"expected {name} (B, n, {width}), got {tuple(x.shape)}")
-    if q.shape[0] != kv.shape[0]: raise MmfuseError(f"queries are of {q.shape[0]} samples and tokens of {kv.shape[0]}")
+    if q.shape[0] != kv.shape[0]:
+        raise MmfuseError(f"queries are of {q.shape[0]} samples and tokens of {kv.shape[0]}")
     if mask is None: return
     if mask.dtype != torch.bool:
-        raise MmfuseError(f"a mask must be bool, True = a real token; got {mask.dtype}: use mask.bool()")
-    if tuple(mask.shape) not in ((kv.shape[0], kv.shape[1]), (q.shape[0], q.shape[1], kv.shape[1])):
-        raise MmfuseError(f"expected a mask (B, K) = {tuple(kv.shape[:2])} or (B, Q, K), got {tuple(mask.shape)}")
+        raise MmfuseError(f"a mask must be bool, True = a real token; got {mask.dtype}")
+    given, real = tuple(mask.shape), (kv.shape[0], kv.shape[1])
+    if given not in (real, (q.shape[0], q.shape[1], kv.shape[1])):
+        raise MmfuseError(f"expected a mask (B, K) = {real} or (B, Q, K), got {given}")
 
 # %% ../nbs/04_attention.ipynb #0892beb2
 class MultiHeadAttention(nn.Module):
-    "`n_heads` attentions side by side, each over `d_model / n_heads` numbers of every token (Vaswani et al. 2017)."
+    "`n_heads` attentions side by side, each with its share of the width (Vaswani et al. 2017)."
     def __init__(self,
         d_model:int, # width of queries and of the output, D
         n_heads:int, # H, divides `d_model`
@@ -101,7 +106,8 @@ class MultiHeadAttention(nn.Module):
         dropout:float=0., # share of the attention weights dropped in training
     ):
         super().__init__()
-        if n_heads < 1 or d_model % n_heads: raise MmfuseError(f"{n_heads} heads do not divide a width of {d_model}")
+        if n_heads < 1 or d_model % n_heads:
+            raise MmfuseError(f"{n_heads} heads do not divide a width of {d_model}")
         self.n_heads, self.dropout, d_kv = n_heads, dropout, d_kv or d_model
         self.q, self.out = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
         self.k, self.v = nn.Linear(d_kv, d_model), nn.Linear(d_kv, d_model)
@@ -117,8 +123,11 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor|tuple[Tensor, Tensor]: # (B, Q, D), with `need_weights` also (B, H, Q, K)
         "Each of the Q tokens reads the K; a sample with no real token to read gets zeros."
         _check_tokens(q, kv, mask, (self.q.in_features, self.k.in_features))
-        if mask is not None: kv = torch.where((mask if mask.ndim == 2 else mask.any(1)).unsqueeze(-1), kv, 0)
-        q, k, v = (split_heads(x, self.n_heads) for x in (self.q(q), self.k(kv), self.v(kv)))  # (B, H, Q|K, D/H)
+        if mask is not None:
+            read = mask if mask.ndim == 2 else mask.any(1)  # (B, K)
+            kv = torch.where(read.unsqueeze(-1), kv, 0)
+        q, k, v = self.q(q), self.k(kv), self.v(kv)  # (B, Q|K, D)
+        q, k, v = (split_heads(x, self.n_heads) for x in (q, k, v))  # (B, H, Q|K, D/H)
         p, weights = self.dropout if self.training else 0., None
         if not need_weights: out = attend(q, k, v, mask, dropout=p)  # (B, H, Q, D/H)
         else:
@@ -134,14 +143,19 @@ def from_torch(
     other:nn.MultiheadAttention, # made with `batch_first=True`, without `add_bias_kv` and `add_zero_attn`
 ) -> MultiHeadAttention: # the same function with the same weights, copied
     "PyTorch's attention as ours."
-    if other.bias_k is not None or other.add_zero_attn: raise MmfuseError("extra keys (add_bias_kv, add_zero_attn) are not supported")
-    if not other.batch_first: raise MmfuseError("expected nn.MultiheadAttention(..., batch_first=True): axes (B, N, D)")
-    if other.kdim != other.vdim: raise MmfuseError(f"keys ({other.kdim}) and values ({other.vdim}) must have one width")
-    ours = MultiHeadAttention(other.embed_dim, other.num_heads, other.kdim, other.dropout).to(other.out_proj.weight)
+    if other.bias_k is not None or other.add_zero_attn:
+        raise MmfuseError("extra keys (add_bias_kv, add_zero_attn) are not supported")
+    if not other.batch_first: raise MmfuseError("expected batch_first=True: axes (B, N, D)")
+    if other.kdim != other.vdim:
+        raise MmfuseError(f"keys ({other.kdim}) and values ({other.vdim}) must have one width")
+    ours = MultiHeadAttention(other.embed_dim, other.num_heads, other.kdim, other.dropout)
+    ours.to(other.out_proj.weight)
     packed = other.in_proj_weight
-    weights = packed.chunk(3) if packed is not None else (other.q_proj_weight, other.k_proj_weight, other.v_proj_weight)
+    weights = (packed.chunk(3) if packed is not None else
+               (other.q_proj_weight, other.k_proj_weight, other.v_proj_weight))
     biases = other.in_proj_bias.chunk(3) if other.in_proj_bias is not None else (None,) * 3
-    for layer, w, b in zip((ours.q, ours.k, ours.v, ours.out), (*weights, other.out_proj.weight), (*biases, other.out_proj.bias)):
+    weights, biases = (*weights, other.out_proj.weight), (*biases, other.out_proj.bias)
+    for layer, w, b in zip((ours.q, ours.k, ours.v, ours.out), weights, biases):
         layer.weight.copy_(w)
         layer.bias.zero_() if b is None else layer.bias.copy_(b)
     return ours.train(other.training)

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from mmfuse.attention import MultiHeadAttention, attend, attention_weights, from_torch, merge_heads, split_heads
+from mmfuse.attention import (
+    MultiHeadAttention,
+    attend,
+    attention_weights,
+    from_torch,
+    merge_heads,
+    split_heads,
+)
 from mmfuse.files import MmfuseError
 
 
@@ -25,7 +32,9 @@ def some_mask(batch, n, seed=0):
 
 def torch_mha(width, heads, d_kv=None, **kw):
     torch.manual_seed(0)
-    mha = nn.MultiheadAttention(width, heads, batch_first=True, kdim=d_kv, vdim=d_kv, dtype=torch.float64, **kw)
+    mha = nn.MultiheadAttention(
+        width, heads, batch_first=True, kdim=d_kv, vdim=d_kv, dtype=torch.float64, **kw
+    )
     for name, p in mha.named_parameters():
         if "bias" in name:
             nn.init.normal_(p)
@@ -33,16 +42,29 @@ def torch_mha(width, heads, d_kv=None, **kw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(batch=st.integers(1, 3), queries=st.integers(1, 5), keys=st.integers(1, 7), heads=st.integers(1, 4),
-       per_head=st.integers(1, 4), d_kv=st.one_of(st.none(), st.integers(1, 9)), masked=st.booleans(), seed=st.integers(0, 99))
-def test_equals_torch_forward_and_backward(batch, queries, keys, heads, per_head, d_kv, masked, seed):
+@given(
+    batch=st.integers(1, 3),
+    queries=st.integers(1, 5),
+    keys=st.integers(1, 7),
+    heads=st.integers(1, 4),
+    per_head=st.integers(1, 4),
+    d_kv=st.one_of(st.none(), st.integers(1, 9)),
+    masked=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_equals_torch_forward_and_backward(
+    batch, queries, keys, heads, per_head, d_kv, masked, seed
+):
     width = heads * per_head
     theirs = torch_mha(width, heads, d_kv)
     ours = from_torch(theirs)
     q, kv = draw(batch, queries, width, seed=seed), draw(batch, keys, d_kv or width, seed=seed + 1)
     mask = some_mask(batch, keys, seed) if masked else None
     ends = []
-    for run in (lambda q, kv: ours(q, kv, mask), lambda q, kv: theirs(q, kv, kv, key_padding_mask=None if mask is None else ~mask)[0]):
+    for run in (
+        lambda q, kv: ours(q, kv, mask),
+        lambda q, kv: theirs(q, kv, kv, key_padding_mask=None if mask is None else ~mask)[0],
+    ):
         leaves = q.clone().requires_grad_(), kv.clone().requires_grad_()
         out = run(*leaves)
         out.square().sum().backward()
@@ -56,12 +78,18 @@ def test_equals_torch_forward_and_backward(batch, queries, keys, heads, per_head
         torch.testing.assert_close(packed, theirs.in_proj_weight.grad)
 
 
-@pytest.mark.parametrize("mask_shape", [None, (5,), (2, 5), (1, 5), (2, 3, 5), (2, 1, 5), (1, 1, 5)])
+@pytest.mark.parametrize(
+    "mask_shape", [None, (5,), (2, 5), (1, 5), (2, 3, 5), (2, 1, 5), (1, 1, 5)]
+)
 @pytest.mark.parametrize("heads", [0, 4])
 def test_fused_equals_by_hand_for_every_mask(mask_shape, heads):
     front = (2, heads) if heads else (2,)
     q, k, v = draw(*front, 3, 8), draw(*front, 5, 8, seed=1), draw(*front, 5, 6, seed=2)
-    mask = None if mask_shape is None else torch.rand(mask_shape, generator=torch.Generator().manual_seed(3)) > 0.6
+    mask = (
+        None
+        if mask_shape is None
+        else torch.rand(mask_shape, generator=torch.Generator().manual_seed(3)) > 0.6
+    )
     torch.testing.assert_close(attend(q, k, v, mask), attention_weights(q, k, mask) @ v)
 
 
@@ -102,7 +130,9 @@ def test_a_fully_masked_row_is_zero_and_its_gradient_too(need_weights, d_kv):
     assert out[1].eq(0).all() and out[0].ne(0).all()
     if need_weights:
         assert weights[1].eq(0).all()
-        torch.testing.assert_close(weights[[0, 2]].sum(-1), torch.ones(2, 2, 4, dtype=torch.float64))
+        torch.testing.assert_close(
+            weights[[0, 2]].sum(-1), torch.ones(2, 2, 4, dtype=torch.float64)
+        )
     out.square().sum().backward()
     for x in (q, kv):
         assert x.grad.isfinite().all() and x.grad[1].eq(0).all() and x.grad[0].ne(0).any()
@@ -141,16 +171,25 @@ def test_what_lies_in_padding_never_matters(poison, need_weights):
 @given(extra=st.integers(1, 6), batch=st.integers(1, 4), seed=st.integers(0, 99))
 def test_neither_padding_nor_batch_mates_change_a_row(extra, batch, seed):
     mha = from_torch(torch_mha(8, 2))
-    q, kv, mask = draw(batch, 3, 8, seed=seed), draw(batch, 5, 8, seed=seed + 1), some_mask(batch, 5, seed)
+    q, kv, mask = (
+        draw(batch, 3, 8, seed=seed),
+        draw(batch, 5, 8, seed=seed + 1),
+        some_mask(batch, 5, seed),
+    )
     out = mha(q, kv, mask)
     longer = torch.cat([kv, draw(batch, extra, 8, seed=seed + 2) * 100], 1)
     torch.testing.assert_close(mha(q, longer, F.pad(mask, (0, extra))), out)
-    alone = torch.cat([mha(q[i:i + 1], kv[i:i + 1], mask[i:i + 1]) for i in range(batch)])
+    alone = torch.cat([mha(q[i : i + 1], kv[i : i + 1], mask[i : i + 1]) for i in range(batch)])
     torch.testing.assert_close(alone, out)
 
 
 def test_order_of_keys_is_nothing_and_order_of_queries_is_kept():
-    mha, q, kv, mask = from_torch(torch_mha(8, 4)), draw(2, 6, 8), draw(2, 5, 8, seed=1), some_mask(2, 5)
+    mha, q, kv, mask = (
+        from_torch(torch_mha(8, 4)),
+        draw(2, 6, 8),
+        draw(2, 5, 8, seed=1),
+        some_mask(2, 5),
+    )
     out, keys, queries = mha(q, kv, mask), torch.randperm(5), torch.randperm(6)
     torch.testing.assert_close(mha(q, kv[:, keys], mask[:, keys]), out)
     torch.testing.assert_close(mha(q[:, queries], kv, mask), out[:, queries])
@@ -191,6 +230,7 @@ def test_dropout_drops_in_training_only(need_weights):
     def run():
         out = mha(q, kv, None, need_weights)
         return out[0] if need_weights else out
+
     assert not torch.equal(run(), run())
     mha.eval()
     assert torch.equal(run(), run())
@@ -221,13 +261,20 @@ def test_scores_of_any_size_stay_finite():
     assert attention_weights(q, q, torch.tensor([[True, True, False]])).isfinite().all()
 
 
-@pytest.mark.parametrize("q, kv, said", [
-    ((4, 8), (4, 8), r"queries \(B, n, 8\), got \(4, 8\)"),  # the batch would become the sequence
-    ((4, 1, 8), (4, 8), r"tokens \(B, n, 8\), got \(4, 8\)"),
-    ((4, 1, 8), (4, 2, 7), r"tokens \(B, n, 8\)"),
-    ((4, 1, 8), (1, 2, 8), "queries are of 4 samples and tokens of 1"),
-    ((2, 2, 1, 8), (2, 3, 8), "queries"),
-])
+@pytest.mark.parametrize(
+    "q, kv, said",
+    [
+        (
+            (4, 8),
+            (4, 8),
+            r"queries \(B, n, 8\), got \(4, 8\)",
+        ),  # the batch would become the sequence
+        ((4, 1, 8), (4, 8), r"tokens \(B, n, 8\), got \(4, 8\)"),
+        ((4, 1, 8), (4, 2, 7), r"tokens \(B, n, 8\)"),
+        ((4, 1, 8), (1, 2, 8), "queries are of 4 samples and tokens of 1"),
+        ((2, 2, 1, 8), (2, 3, 8), "queries"),
+    ],
+)
 def test_wrong_shapes_are_refused(q, kv, said):
     with pytest.raises(MmfuseError, match=said) as e:
         MultiHeadAttention(8, 2)(torch.zeros(q), torch.zeros(kv))
@@ -237,7 +284,9 @@ def test_wrong_shapes_are_refused(q, kv, said):
 @pytest.mark.parametrize("shape", [(2, 3), (3, 5), (1, 5), (2, 3, 5)])
 def test_a_mask_of_another_shape_is_refused(shape):
     with pytest.raises(MmfuseError, match="expected a mask"):
-        MultiHeadAttention(8, 2)(torch.zeros(2, 4, 8), torch.zeros(2, 5, 8), torch.ones(shape, dtype=torch.bool))
+        MultiHeadAttention(8, 2)(
+            torch.zeros(2, 4, 8), torch.zeros(2, 5, 8), torch.ones(shape, dtype=torch.bool)
+        )
 
 
 @pytest.mark.parametrize("width, heads", [(8, 3), (8, 0), (8, -2)])
@@ -246,8 +295,15 @@ def test_heads_must_divide_the_width(width, heads):
         MultiHeadAttention(width, heads)
 
 
-@pytest.mark.parametrize("kw", [dict(batch_first=False), dict(batch_first=True, add_zero_attn=True),
-                                dict(batch_first=True, add_bias_kv=True), dict(batch_first=True, kdim=4, vdim=6)])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(batch_first=False),
+        dict(batch_first=True, add_zero_attn=True),
+        dict(batch_first=True, add_bias_kv=True),
+        dict(batch_first=True, kdim=4, vdim=6),
+    ],
+)
 def test_what_cannot_be_copied_is_refused(kw):
     with pytest.raises(MmfuseError):
         from_torch(nn.MultiheadAttention(8, 2, **kw))
@@ -269,6 +325,7 @@ def test_heads_are_cut_and_joined():
 
 def test_export_with_any_number_of_tokens():
     "A graph for any batch, queries and keys, as chapter 13 needs it."
+
     class Reader(nn.Module):
         def __init__(self):
             super().__init__()
@@ -276,10 +333,14 @@ def test_export_with_any_number_of_tokens():
 
         def forward(self, q, kv, mask):
             return self.mha(q, kv, mask)
+
     dim, model = torch.export.Dim, Reader().eval()
     b, n, k = dim("b", min=2), dim("n", min=2), dim("k", min=2)
-    graph = torch.export.export(model, (torch.randn(3, 4, 8), torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.bool)),
-                                dynamic_shapes={"q": {0: b, 1: n}, "kv": {0: b, 1: k}, "mask": {0: b, 1: k}})
+    graph = torch.export.export(
+        model,
+        (torch.randn(3, 4, 8), torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.bool)),
+        dynamic_shapes={"q": {0: b, 1: n}, "kv": {0: b, 1: k}, "mask": {0: b, 1: k}},
+    )
     inputs = torch.randn(5, 2, 8), torch.randn(5, 9, 8), some_mask(5, 9)
     torch.testing.assert_close(graph.module()(*inputs), model(*inputs))
 
