@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = """files viz metrics losses data toy download preprocessing image_encoder text_encoder token_cache attention
+ORDER = """files hub viz metrics losses data toy download preprocessing towers image_encoder text_encoder token_cache attention
 pooled_fusion token_fusion fusion alignment training ledger diagnostics classifier exercises shards cli""".split()
 
 
