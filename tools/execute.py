@@ -51,6 +51,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     os.environ.setdefault("PYTHONHASHSEED", "0")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # a bar without widgets is what we want
     os.chdir(ROOT)
     paths = [p for key in sys.argv[1:] for p in find(key)]
     failed = [p for p in paths if not (print(f"executing {p.relative_to(ROOT)}", flush=True) or execute(p))]
