@@ -1,0 +1,267 @@
+"""Build the docs site into _docs/ from _quarto.yml, offline and without Quarto, and check it: python tools/site.py.
+
+nbdev turns the notebooks into pages (_proc/), smalldocs lays them out, and what is left is done here: formulas become
+MathML, every picture gets its alt text, nothing is loaded from another host. Then every link, fragment and page of the
+built site is checked; each fault is one line, and the exit code is 1. Only a site without a fault replaces _docs/.
+"""
+
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import yaml
+from bs4 import BeautifulSoup
+from latex2mathml.converter import convert
+from smalldocs.config import load
+from smalldocs.site import Site
+
+ROOT = Path(__file__).resolve().parent.parent
+FROM_OTHER_HOSTS = re.compile(r"(?:url\(|@import|\bfrom\b|\bimport\b)\s*\(?\s*['\"]?((?:https?:)?//[^'\")\s]+)")
+FONT_IMPORT = re.compile(r"@import url\(https?://[^)]*\);?")
+MARKUP = re.compile(r":::|\$\$|\\\(|\\begin\{|^#\|", re.M)
+LOADS = {"script", "img", "iframe", "video", "audio", "source", "embed", "object", "track", "image", "use"}
+
+
+# ---------------------------------------------------------------- the sidebar
+
+def sidebar_entries(contents: list) -> list[str]:
+    "The notebooks that a sidebar's `contents` name, sections included."
+    found = []
+    for item in contents:
+        path = item if isinstance(item, str) else item.get("href", "")
+        found += [path] if path.endswith(".ipynb") else []
+        found += sidebar_entries(item.get("contents", [])) if isinstance(item, dict) else []
+    return found
+
+
+def check_sidebar(config: dict, nbs: Path) -> list[str]:
+    "A line for each notebook that the sidebar lacks, for each entry without a notebook, for each repeated entry."
+    entries = sidebar_entries(config["website"]["sidebar"]["contents"])
+    files = {p.relative_to(nbs).as_posix() for p in nbs.rglob("*.ipynb")
+             if not any(part[0] in "._" for part in p.relative_to(nbs).parts)}
+    return ([f"_quarto.yml: the sidebar lacks nbs/{p}: add it" for p in sorted(files - set(entries))]
+            + [f"_quarto.yml: the sidebar names {p}, and nbs/ has no such notebook" for p in sorted(set(entries) - files)]
+            + [f"_quarto.yml: the sidebar names {p} twice" for p in sorted({p for p in entries if entries.count(p) > 1})])
+
+
+# ---------------------------------------------------------------- building
+
+def symbols() -> dict[str, tuple[str, str]]:
+    "What the package exports: full name -> (page with fragment, source file)."
+    index = {}
+    exec((ROOT / "mmfuse" / "_modidx.py").read_text(encoding="utf-8"), index)
+    return {name: where for names in index["d"]["syms"].values() for name, where in names.items()}
+
+
+class Course(Site):
+    "smalldocs' site with nbdev's file names (`04_attention.ipynb` -> `attention.html`) and linked names in backticks."
+
+    def read(self, src):
+        "Read a page; its `output-file` is where it goes."
+        page = super().read(src)
+        page.out = src.with_name(page.front.pop("output-file", page.out.name))
+        return page
+
+    def load_symbols(self):
+        "Link `name()`, `a_name`, `a.name` and `Name` in backticks to the cell that exports it, unless two modules do."
+        short: dict[str, set] = {}
+        for name, (target, _) in symbols().items():
+            module, local = re.match(r"(\w+\.\w+)\.(.+)", name).groups()
+            page, fragment = target.split("#")
+            link = f"/{page}#{fragment.split('.')[0]}"  # a method is found in the cell of its class
+            if not local.startswith("_"):
+                for key in (local, name):
+                    short.setdefault(key, set()).add(link)
+            short.setdefault(module, set()).add(f"/{page}")
+        self.symbols = {name: links.pop() for name, links in short.items() if len(links) == 1}
+
+
+def mathml(soup: BeautifulSoup) -> list[str]:
+    "Replace TeX by MathML; gives what could not be read."
+    problems = []
+    for span in soup.select("span.math"):
+        tex = span.get_text().strip()[2:-2].strip()
+        try:
+            html = convert(tex, display="block" if "display" in span["class"] else "inline")
+        except Exception as error:
+            problems.append(f"formula {tex!r}: {type(error).__name__}: {error}")
+            continue
+        if unknown := re.search(r">\s*(\\[A-Za-z]+)", html):
+            problems.append(f"formula {tex!r}: {unknown.group(1)} is not known to latex2mathml")
+        span.string = ""
+        span.append(BeautifulSoup(html, "html.parser"))
+        span.math["alttext"] = tex
+    for tag in soup.select('script[src*="katex"], link[href*="katex"]'):
+        tag.decompose()
+    return problems
+
+
+def alt_texts(soup: BeautifulSoup) -> list[str]:
+    "Give a picture without alt text its figure's caption; gives what has neither."
+    problems = []
+    for picture in soup.select("main img"):
+        if picture.get("alt"):
+            continue
+        figure = picture.find_parent("figure")
+        caption = figure and figure.find("figcaption")
+        cell = picture.find_parent(class_="cell")
+        if caption:
+            picture["alt"] = caption.get_text(" ", strip=True)
+        else:
+            problems.append(f"a picture without alt text ({cell['id'] if cell else picture.get('src', '')[:60]}): "
+                            "write `#| fig-alt: \"...\"` on top of its cell")
+    return problems
+
+
+def anchors(soup: BeautifulSoup, source: str) -> None:
+    "Give each definition of the exported `source` an id where its cell stands, for links to it."
+    taken = {tag["id"] for tag in soup.select("[id]")}
+    for block in soup.select("div.cell-code, pre.cell-code"):
+        code = block.get_text().strip()
+        cell = block.find_parent(class_="cell")
+        for name in re.findall(r"^(?:class|def) (\w+)", code, re.M) if cell and code in source else []:
+            if (fragment := name.lower()) not in taken:
+                taken.add(fragment)
+                cell.insert(0, soup.new_tag("a", id=fragment))
+
+
+def finish(html: str, source: str = "") -> tuple[str, list[str]]:
+    "A page as the site shows it, and what is wrong with it; `source` is the module that it exports."
+    soup = BeautifulSoup(html, "html.parser")
+    problems = mathml(soup) + alt_texts(soup)
+    anchors(soup, source)
+    return str(soup), problems
+
+
+def build(out: Path) -> list[str]:
+    "Lay out `_proc/` into `out` and finish each page; gives what went wrong."
+    site = Course(load(ROOT / "_proc"), quiet=True)
+    site.out = out
+    site.build()
+    problems = [w for w in site.warnings if "output-file" not in w and "broken link" not in w]  # checked below, all of them
+    sources = {target.split("#")[0]: ROOT / path for target, path in symbols().values()}
+    for page in sorted(out.rglob("*.html")):
+        name = page.relative_to(out).as_posix()
+        module = sources.get(name)
+        html, faults = finish(page.read_text(encoding="utf-8"), module.read_text(encoding="utf-8") if module else "")
+        page.write_text(html, encoding="utf-8")
+        problems += [f"{name}: {fault}" for fault in faults]
+    for css in out.rglob("*.css"):
+        css.write_text(FONT_IMPORT.sub("", css.read_text(encoding="utf-8")), encoding="utf-8")
+    return problems
+
+
+# ---------------------------------------------------------------- checking
+
+def is_elsewhere(ref: str) -> bool:
+    "Whether a link leads to another host."
+    return ref.startswith("//") or urlsplit(ref).scheme in ("http", "https")
+
+
+def references(soup: BeautifulSoup):
+    "Each link of a page: (whether the browser loads it with the page, the link)."
+    for tag in soup.find_all(True):
+        loaded = tag.name in LOADS or (tag.name == "link" and not {"canonical", "license", "alternate"} & set(tag.get("rel", [])))
+        refs = [tag[a] for a in ("href", "src", "poster", "data", "xlink:href") if tag.has_attr(a)]
+        refs += [part.split()[0] for part in re.split(r",\s+", tag.get("srcset", "")) if part.strip()]
+        yield from ((loaded, ref.strip()) for ref in refs)
+
+
+def check_link(ref: str, page: Path, root: Path, ids: dict[Path, set]) -> tuple[Path | None, str]:
+    "Where an internal link leads, and what is wrong with it (empty: nothing)."
+    parts = urlsplit(ref)
+    if parts.path.startswith("/"):
+        return None, f"{ref} begins at the host's root: write it relative to the page"
+    target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+    target = target / "index.html" if target.is_dir() else target
+    if not target.is_relative_to(root) or not target.is_file():
+        return None, f"broken link: {ref}"
+    if parts.fragment and target in ids and unquote(parts.fragment) not in ids[target]:
+        return target, f"broken fragment: {ref}"
+    return target, ""
+
+
+def leftovers(soup: BeautifulSoup) -> list[str]:
+    "Markup that a reader would see: fenced divs, TeX, cell directives."
+    found = [line for code in soup.select(".cell-code code") for line in code.get_text().splitlines() if line.startswith("#|")]
+    for tag in soup.select("pre, code, script, style, math"):
+        tag.decompose()
+    return [f"raw markup on the page: {text.strip()[:60]!r}" for text in
+            found + [t for t in (soup.main or soup).find_all(string=MARKUP)]]
+
+
+def check_site(root: Path) -> tuple[list[str], int, int]:
+    "Check a built site: what is wrong (one line each), the number of pages, the number of links."
+    root = root.resolve()
+    soups = {p: BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in sorted(root.rglob("*.html"))}
+    ids = {p: {t[a] for a in ("id", "name") for t in s.select(f"[{a}]")} for p, s in soups.items()}
+    problems, leads_to, count = [], {p: set() for p in soups}, 0
+    for page, soup in soups.items():
+        faults = []
+        for loaded, ref in references(soup):
+            count += 1
+            if is_elsewhere(ref):
+                faults += [f"loads from another host: {ref}"] if loaded else []
+            elif not urlsplit(ref).scheme and ref not in ("", "#"):
+                target, fault = check_link(ref, page, root, ids)
+                leads_to[page].add(target)
+                faults += [fault] if fault else []
+        inline = "\n".join(tag.get_text() for tag in soup(["script", "style"]))
+        faults += [f"loads from another host: {url}" for url in FROM_OTHER_HOSTS.findall(inline)]
+        faults += leftovers(soup)
+        problems += [f"{page.relative_to(root)}: {fault}" for fault in dict.fromkeys(faults)]
+    return problems + orphans(root, leads_to) + check_css(root), len(soups), count
+
+
+def orphans(root: Path, leads_to: dict[Path, set]) -> list[str]:
+    "Pages that nobody reaches from index.html by following links."
+    reached, todo = set(), [root / "index.html"]
+    while todo:
+        if (page := todo.pop()) in leads_to and page not in reached:
+            reached.add(page)
+            todo += leads_to[page]
+    return [f"{p.relative_to(root)}: orphan: no link leads to it" for p in sorted(set(leads_to) - reached)]
+
+
+def check_css(root: Path) -> list[str]:
+    "Style sheets that load from another host, or a file that is not there."
+    problems = []
+    for css in sorted(root.rglob("*.css")):
+        text = css.read_text(encoding="utf-8")
+        refs = {ref.strip() for ref in re.findall(r"url\(\s*['\"]?([^'\")]+)", text)} | set(FROM_OTHER_HOSTS.findall(text))
+        for ref in sorted(r for r in refs if not r.startswith(("data:", "#"))):
+            if is_elsewhere(ref):
+                problems.append(f"{css.relative_to(root)}: loads from another host: {ref}")
+            elif not (css.parent / urlsplit(ref).path).is_file():
+                problems.append(f"{css.relative_to(root)}: broken link: {ref}")
+    return problems
+
+
+def main() -> int:
+    "Build, check, and put the new site in place of the old one."
+    start, config = time.time(), yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    problems = check_sidebar(config, ROOT / "nbs")
+    if not problems:
+        print("    reading the notebooks", flush=True)
+        from nbdev.serve import proc_nbs
+        proc_nbs(n_workers=0, force=True)
+        print("    laying out the pages", flush=True)
+        new, docs = ROOT / "_proc" / "_site", ROOT / "_docs"
+        problems = build(new)
+        print("    checking the links", flush=True)
+        faults, pages, links = check_site(new)
+        problems += faults
+    if problems:
+        print("\n".join(problems), f"{len(problems)} fault(s); _docs/ is left as it was", sep="\n", file=sys.stderr)
+        return 1
+    shutil.rmtree(docs, ignore_errors=True)
+    new.rename(docs)
+    print(f"    _docs/: {pages} pages, {links} links checked, no fault, {time.time() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
