@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FROM_OTHER_HOSTS = re.compile(r"(?:url\(|@import|\bfrom\b|\bimport\b)\s*\(?\s*['\"]?((?:https?:)?//[^'\")\s]+)")
 FONT_IMPORT = re.compile(r"@import url\(https?://[^)]*\);?")
 MARKUP = re.compile(r":::|\$\$|\\\(|\\begin\{|^#\|", re.M)
+ALIGNED = re.compile(r"\\(begin|end)\{aligned\}")  # latex2mathml knows it as align*
 LOADS = {"script", "img", "iframe", "video", "audio", "source", "embed", "object", "track", "image", "use"}
 
 
@@ -85,12 +86,12 @@ def mathml(soup: BeautifulSoup) -> list[str]:
     for span in soup.select("span.math"):
         tex = span.get_text().strip()[2:-2].strip()
         try:
-            html = convert(tex, display="block" if "display" in span["class"] else "inline")
+            html = convert(ALIGNED.sub(r"\\\1{align*}", tex), display="block" if "display" in span["class"] else "inline")
         except Exception as error:
             problems.append(f"formula {tex!r}: {type(error).__name__}: {error}")
             continue
-        if unknown := re.search(r">\s*(\\[A-Za-z]+)", html):
-            problems.append(f"formula {tex!r}: {unknown.group(1)} is not known to latex2mathml")
+        if unknown := re.search(r">\s*(\\[A-Za-z]+|&)(?=<)", html):
+            problems.append(f"formula {tex!r}: latex2mathml leaves {unknown.group(1)}")
         span.string = ""
         span.append(BeautifulSoup(html, "html.parser"))
         span.math["alttext"] = tex
