@@ -1,6 +1,7 @@
-# mmfuse: every target says what it does; the first call of any of them makes .venv (torch: about 5 GB), later calls are quick.
+# mmfuse: every target says what it does; the first call of any of them makes .venv (6 GB), later calls are quick.
 PYTHON ?= python3
 NB ?= all
+SHELL := bash
 BIN := .venv/bin
 READY := .venv/.ready
 # Notebooks, tests and commands see this checkout and the same seed for hashes.
@@ -11,17 +12,22 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help lab test ledger docs run export clean setup
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "make %-9s %s\n", $$1, $$2}'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## create .venv and install everything that the course needs
 
+# pip's own output is hundreds of lines, and none at all with --quiet: the large downloads and the last step are shown.
+SAY := awk '/Downloading .*([0-9][0-9]\.[0-9] MB|GB)/ {sub(/ *Downloading/, "    downloading"); print; fflush()} \
+	/Installing collected/ {print "    installing: some minutes without a word"; fflush()}'
+
 $(READY): settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmfuse needs Python 3.11 or newer; this is " + sys.version.split()[0] + ": call make PYTHON=python3.12, say")'
-	@echo "==> creating .venv and installing (the first time: 3 to 10 minutes, 6 GB)"
+	@echo "==> installing into .venv (the first time: 3 to 10 minutes, 6 GB; after a change of settings.ini: seconds)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev,offline]'
+	@set -o pipefail; $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-build-isolation --editable '.[dev,offline]' | $(SAY)
 	@touch $(READY)
+	@echo "==> .venv is ready"
 
 lab: $(READY) ## open JupyterLab on the course
 	@echo "==> JupyterLab opens on nbs/index.ipynb; Ctrl-C ends it"

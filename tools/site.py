@@ -92,6 +92,7 @@ def mathml(soup: BeautifulSoup) -> list[str]:
             continue
         if unknown := re.search(r">\s*(\\[A-Za-z]+|&)(?=<)", html):
             problems.append(f"formula {tex!r}: latex2mathml leaves {unknown.group(1)}")
+        html = html.replace("<mo>&#x0221E;</mo>", "<mi>&#x0221E;</mi>")  # infinity is a number, not an operator
         span.string = ""
         span.append(BeautifulSoup(html, "html.parser"))
         span.math["alttext"] = tex
@@ -110,7 +111,7 @@ def alt_texts(soup: BeautifulSoup) -> list[str]:
         caption = figure and figure.find("figcaption")
         cell = picture.find_parent(class_="cell")
         if caption:
-            picture["alt"] = caption.get_text(" ", strip=True)
+            picture["alt"] = " ".join(caption.get_text().split())
         else:
             problems.append(f"a picture without alt text ({cell['id'] if cell else picture.get('src', '')[:60]}): "
                             "write `#| fig-alt: \"...\"` on top of its cell")

@@ -1,0 +1,50 @@
+"""What the README and CONTRIBUTING tell a newcomer is true: code runs, targets, commands' options and linked files exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+
+
+def blocks(text, language): return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def test_python_in_the_readme_runs():
+    (code,) = blocks(TEXTS["README.md"], "python")
+    names = {}
+    exec(code, names)
+    assert names["logits"].shape == names["without_caption"].shape == (2, 80)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_make_targets_exist(name):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"\bmake (?:[A-Z]+=\S+ )?([a-z]+)\b", " ".join(re.findall(r"`[^`\n]+`", TEXTS[name]) + blocks(TEXTS[name], "sh"))))
+    assert named and named <= targets, named - targets
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_linked_and_named_files_exist(name):
+    files = set(re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXTS[name])) | set(re.findall(r"\b(?:nbs|tools|tests)/[\w/]+\.\w+", TEXTS[name]))
+    gone = [f for f in files if not (ROOT / f).exists()]
+    assert files and not gone, gone
+
+
+def test_options_of_the_ledger_exist():
+    from typer.main import get_command
+
+    from mmfuse.cli import app
+    options = {o for p in get_command(app).commands["ledger"].params for o in p.opts}
+    named = set(re.findall(r"(?<![\w-])--(?:data|train|test|folds|image|text|out|arms|seeds)[\w-]*", TEXTS["README.md"]))
+    assert {"--data", "--folds", "--image-encoder"} <= named <= options, named - options
+
+
+def test_workflows_run_what_the_readme_says():
+    steps = {p.stem: [s.get("run") for s in next(iter(yaml.safe_load(p.read_text())["jobs"].values()))["steps"]]
+             for p in (ROOT / ".github" / "workflows").glob("*.yml")}
+    assert ".ci/run" in steps["test"] and "make docs" in steps["docs"]
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
