@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).parent
 _parser = ConfigParser(delimiters=["="], interpolation=None)
@@ -21,8 +21,8 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
-    packages=find_packages(include=["mmfuse", "mmfuse.*"]),
-    package_data={"mmfuse": ["py.typed", "weights/*"]},
+    packages=find_namespace_packages(include=["mmfuse", "mmfuse.*"]),  # weights/ too, which holds data only
+    package_data={"mmfuse": ["py.typed"], "mmfuse.weights": ["*"]},
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
