@@ -10,20 +10,17 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import yaml
 from bs4 import BeautifulSoup
 from latex2mathml.converter import convert
+from links import check_site
 from smalldocs.config import load
 from smalldocs.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
-FROM_OTHER_HOSTS = re.compile(r"(?:url\(|@import|\bfrom\b|\bimport\b)\s*\(?\s*['\"]?((?:https?:)?//[^'\")\s]+)")
 FONT_IMPORT = re.compile(r"@import url\(https?://[^)]*\);?")
-MARKUP = re.compile(r":::|\$\$|\\\(|\\begin\{|^#\|", re.M)
 ALIGNED = re.compile(r"\\(begin|end)\{aligned\}")  # latex2mathml knows it as align*
-LOADS = {"script", "img", "iframe", "video", "audio", "source", "embed", "object", "track", "image", "use"}
 
 
 # ---------------------------------------------------------------- the sidebar
@@ -83,10 +80,11 @@ class Course(Site):
 def mathml(soup: BeautifulSoup) -> list[str]:
     "Replace TeX by MathML; gives what could not be read."
     problems = []
-    for span in soup.select("span.math"):
+    for span in soup.find_all("span", class_="math"):
         tex = span.get_text().strip()[2:-2].strip()
         try:
-            html = convert(ALIGNED.sub(r"\\\1{align*}", tex), display="block" if "display" in span["class"] else "inline")
+            display = "block" if "display" in span["class"] else "inline"
+            html = convert(ALIGNED.sub(r"\\\1{align*}", tex), display=display)
         except Exception as error:
             problems.append(f"formula {tex!r}: {type(error).__name__}: {error}")
             continue
@@ -96,7 +94,7 @@ def mathml(soup: BeautifulSoup) -> list[str]:
         span.string = ""
         span.append(BeautifulSoup(html, "html.parser"))
         span.math["alttext"] = tex
-    for tag in soup.select('script[src*="katex"], link[href*="katex"]'):
+    for tag in soup.find_all(src=re.compile("katex")) + soup.find_all("link", href=re.compile("katex")):
         tag.decompose()
     return problems
 
@@ -104,7 +102,7 @@ def mathml(soup: BeautifulSoup) -> list[str]:
 def alt_texts(soup: BeautifulSoup) -> list[str]:
     "Give a picture without alt text its figure's caption; gives what has neither."
     problems = []
-    for picture in soup.select("main img"):
+    for picture in (soup.main or soup).find_all("img"):
         if picture.get("alt"):
             continue
         figure = picture.find_parent("figure")
@@ -120,8 +118,8 @@ def alt_texts(soup: BeautifulSoup) -> list[str]:
 
 def anchors(soup: BeautifulSoup, source: str) -> None:
     "Give each definition of the exported `source` an id where its cell stands, for links to it."
-    taken = {tag["id"] for tag in soup.select("[id]")}
-    for block in soup.select("div.cell-code, pre.cell-code"):
+    taken = {tag["id"] for tag in soup.find_all(id=True)}
+    for block in soup.find_all("pre", class_="cell-code"):
         code = block.get_text().strip()
         cell = block.find_parent(class_="cell")
         for name in re.findall(r"^(?:class|def) (\w+)", code, re.M) if cell and code in source else []:
@@ -143,102 +141,18 @@ def build(out: Path) -> list[str]:
     site = Course(load(ROOT / "_proc"), quiet=True)
     site.out = out
     site.build()
-    problems = [w for w in site.warnings if "output-file" not in w and "broken link" not in w]  # checked below, all of them
+    # links are checked later, all of them, and Course reads output-file
+    problems = [w for w in site.warnings if "output-file" not in w and "broken link" not in w]
     sources = {target.split("#")[0]: ROOT / path for target, path in symbols().values()}
     for page in sorted(out.rglob("*.html")):
         name = page.relative_to(out).as_posix()
         module = sources.get(name)
-        html, faults = finish(page.read_text(encoding="utf-8"), module.read_text(encoding="utf-8") if module else "")
+        source = module.read_text(encoding="utf-8") if module else ""
+        html, faults = finish(page.read_text(encoding="utf-8"), source)
         page.write_text(html, encoding="utf-8")
         problems += [f"{name}: {fault}" for fault in faults]
     for css in out.rglob("*.css"):
         css.write_text(FONT_IMPORT.sub("", css.read_text(encoding="utf-8")), encoding="utf-8")
-    return problems
-
-
-# ---------------------------------------------------------------- checking
-
-def is_elsewhere(ref: str) -> bool:
-    "Whether a link leads to another host."
-    return ref.startswith("//") or urlsplit(ref).scheme in ("http", "https")
-
-
-def references(soup: BeautifulSoup):
-    "Each link of a page: (whether the browser loads it with the page, the link)."
-    for tag in soup.find_all(True):
-        loaded = tag.name in LOADS or (tag.name == "link" and not {"canonical", "license", "alternate"} & set(tag.get("rel", [])))
-        refs = [tag[a] for a in ("href", "src", "poster", "data", "xlink:href") if tag.has_attr(a)]
-        refs += [part.split()[0] for part in re.split(r",\s+", tag.get("srcset", "")) if part.strip()]
-        yield from ((loaded, ref.strip()) for ref in refs)
-
-
-def check_link(ref: str, page: Path, root: Path, ids: dict[Path, set]) -> tuple[Path | None, str]:
-    "Where an internal link leads, and what is wrong with it (empty: nothing)."
-    parts = urlsplit(ref)
-    if parts.path.startswith("/"):
-        return None, f"{ref} begins at the host's root: write it relative to the page"
-    target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
-    target = target / "index.html" if target.is_dir() else target
-    if not target.is_relative_to(root) or not target.is_file():
-        return None, f"broken link: {ref}"
-    if parts.fragment and target in ids and unquote(parts.fragment) not in ids[target]:
-        return target, f"broken fragment: {ref}"
-    return target, ""
-
-
-def leftovers(soup: BeautifulSoup) -> list[str]:
-    "Markup that a reader would see: fenced divs, TeX, cell directives."
-    found = [line for code in soup.select(".cell-code code") for line in code.get_text().splitlines() if line.startswith("#|")]
-    for tag in soup.select("pre, code, script, style, math"):
-        tag.decompose()
-    return [f"raw markup on the page: {text.strip()[:60]!r}" for text in
-            found + [t for t in (soup.main or soup).find_all(string=MARKUP)]]
-
-
-def check_site(root: Path) -> tuple[list[str], int, int]:
-    "Check a built site: what is wrong (one line each), the number of pages, the number of links."
-    root = root.resolve()
-    soups = {p: BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in sorted(root.rglob("*.html"))}
-    ids = {p: {t[a] for a in ("id", "name") for t in s.select(f"[{a}]")} for p, s in soups.items()}
-    problems, leads_to, count = [], {p: set() for p in soups}, 0
-    for page, soup in soups.items():
-        faults = []
-        for loaded, ref in references(soup):
-            count += 1
-            if is_elsewhere(ref):
-                faults += [f"loads from another host: {ref}"] if loaded else []
-            elif not urlsplit(ref).scheme and ref not in ("", "#"):
-                target, fault = check_link(ref, page, root, ids)
-                leads_to[page].add(target)
-                faults += [fault] if fault else []
-        inline = "\n".join(tag.get_text() for tag in soup(["script", "style"]))
-        faults += [f"loads from another host: {url}" for url in FROM_OTHER_HOSTS.findall(inline)]
-        faults += leftovers(soup)
-        problems += [f"{page.relative_to(root)}: {fault}" for fault in dict.fromkeys(faults)]
-    return problems + orphans(root, leads_to) + check_css(root), len(soups), count
-
-
-def orphans(root: Path, leads_to: dict[Path, set]) -> list[str]:
-    "Pages that nobody reaches from index.html by following links."
-    reached, todo = set(), [root / "index.html"]
-    while todo:
-        if (page := todo.pop()) in leads_to and page not in reached:
-            reached.add(page)
-            todo += leads_to[page]
-    return [f"{p.relative_to(root)}: orphan: no link leads to it" for p in sorted(set(leads_to) - reached)]
-
-
-def check_css(root: Path) -> list[str]:
-    "Style sheets that load from another host, or a file that is not there."
-    problems = []
-    for css in sorted(root.rglob("*.css")):
-        text = css.read_text(encoding="utf-8")
-        refs = {ref.strip() for ref in re.findall(r"url\(\s*['\"]?([^'\")]+)", text)} | set(FROM_OTHER_HOSTS.findall(text))
-        for ref in sorted(r for r in refs if not r.startswith(("data:", "#"))):
-            if is_elsewhere(ref):
-                problems.append(f"{css.relative_to(root)}: loads from another host: {ref}")
-            elif not (css.parent / urlsplit(ref).path).is_file():
-                problems.append(f"{css.relative_to(root)}: broken link: {ref}")
     return problems
 
 
