@@ -25,7 +25,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # %% ../nbs/01_preprocessing.ipynb #f85879f9
 class Standardize(nn.Module):
-    "From uint8 to float32 with mean 0 and deviation 1 a channel, in one pass: `(x / 255 - mean) / std`."
+    "uint8 to float32 with mean 0 and deviation 1 a channel, in one pass: `(x / 255 - mean) / std`."
     def __init__(self,
         mean=IMAGENET_MEAN, # per channel, on the scale from 0 to 1
         std=IMAGENET_STD, # per channel
@@ -39,7 +39,8 @@ class Standardize(nn.Module):
         x:Tensor, # uint8 (..., 3, H, W)
     ) -> Tensor: # float32 (..., 3, H, W)
         if x.dtype != torch.uint8 or x.ndim < 3 or x.shape[-3] != len(self.scale):
-            raise MmfuseError(f"expected a uint8 picture ({len(self.scale)}, H, W), got {x.dtype} {tuple(x.shape)}")
+            raise MmfuseError(f"expected a uint8 picture ({len(self.scale)}, H, W), "
+                              f"got {x.dtype} {tuple(x.shape)}")
         return torch.addcmul(self.shift, x.contiguous().float(), self.scale)
 
 # %% ../nbs/01_preprocessing.ipynb #ead05008
@@ -52,14 +53,14 @@ def _at_most_8_to_1(x:Tensor) -> Tensor:
 def image_transform(
     size:int=224, # height and width that come out
     *,
-    train:bool=False, # a random region of at least 70 % of the picture, stretched to the square; never mirrored
+    train:bool=False, # a random region of at least 70 %, stretched to the square; never mirrored
     mean=IMAGENET_MEAN, # what the encoder was trained with
     std=IMAGENET_STD, # what the encoder was trained with
-    crop:bool=True, # resize the short side and cut out the centre, or squash the whole picture into the square
+    crop:bool=True, # resize the short side and cut out the centre; or squash the whole picture
     resize:int|None=None, # the short side before the cut; default: `size`
-    interpolation:v2.InterpolationMode=v2.InterpolationMode.BICUBIC, # how pixels are weighted, always with antialiasing
+    interpolation:v2.InterpolationMode=v2.InterpolationMode.BICUBIC, # always with antialiasing
 ) -> v2.Compose: # maps uint8 (3, H, W) to float32 (3, size, size)
-    "What a picture goes through before an image encoder: everything on uint8, float and normalization last."
+    "What a picture goes through before an encoder: all on uint8, float and normalization last."
     how = dict(interpolation=interpolation, antialias=True)
     if train: steps = [v2.RandomResizedCrop(size, scale=(0.7, 1), **how)]
     elif crop: steps = [_at_most_8_to_1, v2.Resize(resize or size, **how), v2.CenterCrop(size)]
@@ -74,12 +75,14 @@ def tokenize(
 ) -> tuple[Tensor, Tensor]: # input_ids (B, T) long and mask (B, T) bool, T the longest of these B
     "Captions to token ids, padded to the longest of the batch, and the mask of real tokens."
     wrong = [t for t in texts if not isinstance(t, str)]
-    if wrong or not texts: raise MmfuseError(f"expected a list of captions, got {wrong[0]!r} in it" if wrong else "no captions to tokenize")
+    if wrong: raise MmfuseError(f"expected a list of captions, got {wrong[0]!r} in it")
+    if not texts: raise MmfuseError("no captions to tokenize")
     if tokenizer.pad_token is None:
-        raise MmfuseError(f"{type(tokenizer).__name__} cannot pad: set tokenizer.pad_token, to its eos_token say")
+        raise MmfuseError(f"{type(tokenizer).__name__} cannot pad: set tokenizer.pad_token, "
+                          "to its eos_token say")
     texts = [t.encode("utf-8", "replace").decode() for t in texts]  # half of an emoji is no text
-    out = tokenizer(texts, padding="longest", truncation=True, max_length=min(max_length, tokenizer.model_max_length),
-                    return_attention_mask=True, return_tensors="pt")
+    out = tokenizer(texts, padding="longest", return_attention_mask=True, return_tensors="pt",
+                    truncation=True, max_length=min(max_length, tokenizer.model_max_length))
     return out["input_ids"], out["attention_mask"].bool()
 
 # %% ../nbs/01_preprocessing.ipynb #ef125386
@@ -101,15 +104,16 @@ class Batch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        "The same in page-locked memory, from which a copy to a GPU need not wait; `DataLoader` calls it."
+        "The same in page-locked memory, from where copies to a GPU are quick; for `DataLoader`."
         return self._map(Tensor.pin_memory)
 
 # %% ../nbs/01_preprocessing.ipynb #0e88aa72
 def _pick(captions:list[str], caption:int|str, drawn:int) -> str:
-    "Caption number `caption`, or the last where there are fewer; or the one that a random number chooses."
+    "Caption number `caption`, the last where there are fewer, or the one that `drawn` chooses."
     if not captions: raise MmfuseError("a picture has no caption: leave it out of the dataset")
-    if caption != "random" and not isinstance(caption, int): raise MmfuseError(f"caption must be a number or \"random\", not {caption!r}")
-    return captions[drawn % len(captions) if caption == "random" else min(caption, len(captions) - 1)]
+    if caption == "random": return captions[drawn % len(captions)]
+    if isinstance(caption, int): return captions[min(caption, len(captions) - 1)]
+    raise MmfuseError(f"caption must be a number or \"random\", not {caption!r}")
 
 # %% ../nbs/01_preprocessing.ipynb #32ec5870
 def collate(
@@ -117,18 +121,20 @@ def collate(
     *,
     transform, # uint8 (3, H, W) to float32 (3, S, S); None if that is done
     tokenizer, # a Hugging Face tokenizer
-    caption:int|str=0, # which caption of each picture: 0 has the lowest annotation id; "random" draws one
+    caption:int|str=0, # which of a picture's captions: 0 has the lowest id; "random" draws one
     generator:torch.Generator|None=None, # for "random"
     max_length:int=64, # tokens a caption at most
 ) -> Batch: # of B pairs
-    "Make one batch of samples: pictures transformed and stacked, one caption each, padded to the longest."
+    "Make one batch of samples: pictures transformed and stacked, one caption each, padded."
     if not samples: raise MmfuseError("no samples to collate")
-    drawn = torch.randint(2**32, (len(samples),), generator=generator).tolist() if caption == "random" else [0] * len(samples)
-    texts = [_pick(s.captions, caption, n) for s, n in zip(samples, drawn)]
+    drawn = torch.zeros(len(samples), dtype=torch.long)
+    if caption == "random": drawn.random_(2**32, generator=generator)
+    texts = [_pick(s.captions, caption, n) for s, n in zip(samples, drawn.tolist())]
     input_ids, mask = tokenize(tokenizer, texts, max_length)  # (B, T)
     images = [s.image if transform is None else transform(s.image) for s in samples]
-    if len({i.shape for i in images}) > 1:
-        raise MmfuseError(f"the transform must give all pictures one size, got {sorted({tuple(i.shape) for i in images})}")
+    sizes = sorted({tuple(i.shape) for i in images})
+    if len(sizes) > 1:
+        raise MmfuseError(f"the transform must give all pictures one size, got {sizes}")
     return Batch(image=torch.stack(images), input_ids=input_ids, mask=mask,  # (B, 3, H, W)
                  labels=torch.stack([s.labels for s in samples]).float(),  # (B, C)
                  image_id=torch.tensor([s.image_id for s in samples]))  # (B,)
@@ -145,7 +151,7 @@ def draw(
 
 # %% ../nbs/01_preprocessing.ipynb #cf8d2814
 class _Drawn(Dataset):
-    "A dataset read by keys `(epoch, i)`: caption and crop are drawn for that epoch, whichever worker reads."
+    "A dataset read by keys `(epoch, i)`: that epoch's caption and crop, whichever worker reads."
     def __init__(self, dataset, transform, seed, caption):
         self.dataset, self.transform, self.seed, self.caption = dataset, transform, seed, caption
 
@@ -171,11 +177,11 @@ class EpochBatches(Sampler):
         *,
         shuffle:bool=True, # a new order each epoch
         seed:int=0, # of the run
-        lengths=None, # a function from epoch to (n,) caption lengths: batches are made of similar ones
+        lengths=None, # a function from epoch to (n,) caption lengths: similar ones share a batch
         pool:int=50, # batches among which lengths are sorted
     ):
-        self.n, self.batch_size, self.shuffle, self.seed, self.lengths, self.pool = n, batch_size, shuffle, seed, lengths, pool
-        self.epoch, self.drop_last = 0, False
+        self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
+        self.lengths, self.pool, self.epoch, self.drop_last = lengths, pool, 0, False
 
     def set_epoch(self, epoch:int):
         "The next pass is this epoch: for resuming."
@@ -187,9 +193,9 @@ class EpochBatches(Sampler):
         epoch, self.epoch = self.epoch, self.epoch + 1
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(self.n) if self.shuffle else np.arange(self.n)
-        if self.lengths is not None:
-            pools = [order[i:i + self.pool * self.batch_size] for i in range(0, self.n, self.pool * self.batch_size)]
-            lengths = np.asarray(self.lengths(epoch))
+        if self.lengths is not None and self.n:
+            lengths, step = np.asarray(self.lengths(epoch)), self.pool * self.batch_size
+            pools = [order[i:i + step] for i in range(0, self.n, step)]
             order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
         starts = np.arange(0, self.n, self.batch_size)
         for s in rng.permutation(starts) if self.shuffle else starts:
@@ -200,12 +206,14 @@ class _Words:
     "Words in the caption that each picture is going to show in an epoch."
     def __init__(self, dataset, seed, caption):
         if not (hasattr(dataset, "captions") and hasattr(dataset, "image_ids")):
-            raise MmfuseError(f"by_length needs .captions and .image_ids, which {type(dataset).__name__} does not have")
+            raise MmfuseError("by_length needs .captions and .image_ids, "
+                              f"which {type(dataset).__name__} does not have")
         self.dataset, self.seed, self.caption = dataset, seed, caption
 
     def __call__(self, epoch):
         pairs = zip(self.dataset.image_ids, self.dataset.captions)
-        return np.array([len(_pick(c, self.caption, draw(self.seed, epoch, i)[0]).split()) for i, c in pairs])
+        said = [_pick(c, self.caption, draw(self.seed, epoch, i)[0]) for i, c in pairs]
+        return np.array([len(caption.split()) for caption in said])
 
 # %% ../nbs/01_preprocessing.ipynb #b954381e
 def make_loader(
@@ -214,20 +222,22 @@ def make_loader(
     transform, # uint8 (3, H, W) to float32 (3, S, S)
     tokenizer, # a Hugging Face tokenizer
     batch_size:int=32, # pairs a batch
-    train:bool=False, # shuffled, with a random caption an epoch; or in order, with the first caption
+    train:bool=False, # shuffled, with a random caption an epoch; or in order, with the first one
     seed:int=0, # the same seed gives the same batches, whatever the number of workers
     workers:int=0, # processes that decode and transform
     caption:int|str|None=None, # a number or "random"; default: by `train`
     by_length:bool=False, # batches of captions of similar length, which need less padding
     max_length:int=64, # tokens a caption at most
-    context:str|None=None, # how workers start: "fork", "spawn", "forkserver"; default: the platform's
+    context:str|None=None, # how workers start: "fork", "spawn", "forkserver"; default: platform's
 ) -> DataLoader: # of `Batch`; each pass over it is the next epoch
     "Load a dataset in batches that a seed reproduces, to the pixel."
     caption = caption if caption is not None else "random" if train else 0
     batches = EpochBatches(len(dataset), batch_size, shuffle=train, seed=seed,
                            lengths=_Words(dataset, seed, caption) if by_length else None)
-    if workers: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each fork prints a warning
+    if workers: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each fork warns
+    together = partial(collate, transform=None, tokenizer=tokenizer, max_length=max_length)
     return DataLoader(_Drawn(dataset, transform, seed, caption), batch_sampler=batches,
-                      collate_fn=partial(collate, transform=None, tokenizer=tokenizer, max_length=max_length),
-                      num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
-                      multiprocessing_context=context if workers else None, generator=torch.Generator().manual_seed(seed))
+                      collate_fn=together, num_workers=workers, persistent_workers=workers > 0,
+                      pin_memory=torch.cuda.is_available(),
+                      multiprocessing_context=context if workers else None,
+                      generator=torch.Generator().manual_seed(seed))
