@@ -11,19 +11,24 @@ import io
 import json
 import re
 import warnings
+import zlib
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from .files import MmfuseError
+from .files import MmfuseError, atomic, home
 
 # %% ../nbs/00_data.ipynb #98756a04
 class CocoError(MmfuseError, ValueError):
@@ -209,14 +214,23 @@ def _check_rows(rows, keys:dict, where:str):
             if not isinstance(row, dict) or key not in row: raise CocoError(f"{where}[{n}] has no '{key}'")
             if not isinstance(row[key], kind) or isinstance(row[key], bool): raise CocoError(f"{where}[{n}]: '{key}' is {row[key]!r}, not {kind.__name__}")
 
+# %% ../nbs/00_data.ipynb #a79d22c1
+_OUTLINES = re.compile(rb'"segmentation"\s*+:\s*+\[\s*+(?:\[[-+\d.,eE\s]*+\]\s*+,?+\s*+)*+\]')
+def _parse(path:Path, keys:set): # what `json.loads` gives
+    "A JSON file without its outlines, its objects with these keys only."
+    def slim(row): return {k: v for k, v in row.items() if k in keys}
+    data = path.read_bytes()
+    try: return json.loads(_OUTLINES.sub(b'"segmentation":0', data).decode("utf-8"), object_hook=slim)
+    except ValueError: return json.loads(data.decode("utf-8"), object_hook=slim)  # its message counts the file's own lines
+
 # %% ../nbs/00_data.ipynb #fcb6eb56
 def _read(path:Path, kind:str) -> dict: # the JSON, its schema checked
     "One of the two annotation files; `CocoError` names what is wrong with it."
-    try: content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e: raise CocoError(f"cannot read '{path}': {e.strerror}; is this COCO's layout?") from None
-    except ValueError as e: raise CocoError(f"'{path}' is not JSON: {e}") from None
-    if not isinstance(content, dict): raise CocoError(f"'{path}' is not a JSON object")
     lists = {"images": "images", "annotations": kind, **({"categories": "categories"} if kind == "instances" else {})}
+    try: content = _parse(path, {*lists, *(key for row in lists.values() for key in _KEYS[row])})
+    except OSError as e: raise CocoError(f"cannot read '{path}': {e.strerror}; is this COCO's layout?") from None
+    except (ValueError, RecursionError) as e: raise CocoError(f"'{path}' is not JSON: {e}") from None
+    if not isinstance(content, dict): raise CocoError(f"'{path}' is not a JSON object")
     for key, row in lists.items():
         if key not in content: raise CocoError(f"'{path}' has no key '{key}': it is not COCO's {kind} file")
         _check_rows(content[key], _KEYS[row], f"'{path}': {key}")
@@ -234,6 +248,117 @@ def _inside(folder:Path, image:dict) -> Path: # the picture's file
         raise CocoError(f"picture {image['id']}: its file_name {name!r} leads out of '{folder}'")
     return folder / name
 
+# %% ../nbs/00_data.ipynb #28ee8025
+def _pack(texts:list[str]) -> tuple[np.ndarray, np.ndarray]: # bytes, and where each text begins and the last one ends
+    "Many strings as two arrays."
+    coded = [t.encode("utf-8", "surrogatepass") for t in texts]
+    return np.array(bytearray(b"".join(coded)), np.uint8), np.cumsum([0, *map(len, coded)], dtype=np.int64)
+def _unpack(blob:np.ndarray, ends:np.ndarray, start:int, stop:int) -> list[str]:
+    "Strings number `start` to `stop` of what `_pack` packed."
+    at = ends[start : stop + 1].tolist()
+    data = blob[at[0] : at[-1]].tobytes()
+    return [data[a - at[0] : b - at[0]].decode("utf-8", "surrogatepass") for a, b in pairwise(at)]
+
+# %% ../nbs/00_data.ipynb #771be435
+class _Index:
+    "What the two JSON files say of a split, as arrays: `ids`, `names`, `said` (packed texts), `first` (a picture's first sentence), `labels` (bits)."
+    def __init__(self, folder:Path, about:dict, arrays:dict, file:Path|None=None):
+        self.folder, self.about, self.arrays, self.file = folder, about, arrays, file
+        self.ids = [int(i) for i in arrays["ids"].tobytes().split()]
+
+    def path(self, n:int) -> str: return str(self.folder / _unpack(self.arrays["names"], self.arrays["name_ends"], n, n + 1)[0])
+    def said(self, n:int) -> list[str]:
+        start, stop = self.arrays["first"][n : n + 2].tolist()
+        return _unpack(self.arrays["said"], self.arrays["said_ends"], start, stop)
+
+    def rows(self, keep_unlabelled:bool, without:set) -> np.ndarray: # (N,) places of the pictures that count
+        "Pictures with a sentence and, unless told otherwise, a label."
+        keep = np.diff(self.arrays["first"]) > 0
+        if not keep_unlabelled: keep &= self.arrays["labels"].any(1)
+        return np.array([n for n in keep.nonzero()[0].tolist() if self.ids[n] not in without], np.int64) if without else keep.nonzero()[0]
+
+    def labels(self, rows:np.ndarray) -> Tensor: # float32 (N, C)
+        return torch.from_numpy(np.unpackbits(self.arrays["labels"][rows], axis=1, count=len(self.about["classes"]))).float()
+
+    def __reduce__(self): # a worker opens the file instead of being sent what is in it
+        if self.file: return _reopen, (self.folder, self.about["stamp"])
+        return _Index, (self.folder, self.about, self.arrays)
+
+# %% ../nbs/00_data.ipynb #c41811b8
+def _build(folder:Path) -> tuple[dict, dict]: # classes and category_ids; arrays
+    "Read both JSON files of a split; every picture, in the order of the file."
+    instances, captions = [_read(p, kind) for p, kind in zip(_files(folder), ("instances", "captions"))]
+    categories = sorted(instances["categories"], key=lambda c: c["id"])
+    place = {c["id"]: i for i, c in enumerate(categories)}
+    row = {image["id"]: n for n, image in enumerate(instances["images"])}
+    labels, said = np.zeros((len(row), len(place)), bool), [[] for _ in row]
+    for a in instances["annotations"]:
+        if a["image_id"] not in row: raise CocoError(f"'instances_{folder.name}.json': an annotation belongs to picture {a['image_id']}, which is not among the images")
+        if a["category_id"] not in place: raise CocoError(f"'instances_{folder.name}.json': an annotation of picture {a['image_id']} has the category {a['category_id']}, which is not among the categories")
+        labels[row[a["image_id"]], place[a["category_id"]]] = True
+    for a in sorted(captions["annotations"], key=lambda a: a["id"]):
+        if a["image_id"] not in row: raise CocoError(f"'captions_{folder.name}.json': caption {a['id']} belongs to picture {a['image_id']}, which is not among the images")
+        said[row[a["image_id"]]].append(a["caption"])
+    for image in instances["images"]: _inside(folder, image)
+    arrays = dict(ids=_pack(["\n".join(map(str, row))])[0], first=np.cumsum([0, *map(len, said)], dtype=np.int64), labels=np.packbits(labels, axis=1))
+    arrays["names"], arrays["name_ends"] = _pack([image["file_name"] for image in instances["images"]])
+    arrays["said"], arrays["said_ends"] = _pack([c for five in said for c in five])
+    return dict(classes=[c["name"] for c in categories], category_ids=list(place)), arrays
+
+# %% ../nbs/00_data.ipynb #3366a8ee
+_WORTH = 4_000_000 # bytes of JSON from which on an index is kept
+def _files(folder:Path) -> list[Path]: # instances, captions
+    "The two JSON files that belong to a folder of pictures."
+    return [folder.parent / "annotations" / f"{kind}_{folder.name}.json" for kind in ("instances", "captions")]
+def _stamp(folder:Path) -> list: # for each JSON file: path, size, nanosecond of its last change, a digest of samples
+    "What an index remembers of the files that it was made from; `CocoError` if one cannot be read."
+    stamp = []
+    for path in _files(folder):
+        try:
+            with open(path, "rb") as f:
+                size, digest = path.stat().st_size, hashlib.sha256()
+                for start in np.linspace(0, max(size - 2**16, 0), 64 if size > 2**22 else max(1, -(-size // 2**16) + 1), dtype=np.int64).tolist():
+                    f.seek(start); digest.update(f.read(2**16))
+                stamp.append([str(path.resolve()), size, path.stat().st_mtime_ns, digest.hexdigest()])
+        except OSError as e: raise CocoError(f"cannot read '{path}': {e.strerror}; is this COCO's layout?") from None
+    return stamp
+
+# %% ../nbs/00_data.ipynb #2ee7eb6b
+def _crc(arrays:dict) -> int:
+    "One number that changes with any byte of any array."
+    crc = 0
+    for name in sorted(arrays): crc = zlib.crc32(arrays[name], crc)
+    return crc
+def _open(file:Path, stamp:list) -> tuple[dict, dict]|None: # what `_build` gives
+    "A kept index, or None if there is none, or a stale or damaged one."
+    try:
+        with safe_open(file, "pt") as f:
+            about = json.loads(f.metadata()["mmfuse"])
+            if about["stamp"] != stamp: return None
+            arrays = {name: f.get_tensor(name).numpy() for name in f.keys()}
+        return (about, arrays) if about["crc"] == _crc(arrays) else None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError): return None
+
+# %% ../nbs/00_data.ipynb #b16df248
+def _index(folder:Path) -> _Index:
+    "The index of a folder of pictures: the kept one, or a new one, which is kept if it is worth it and can be."
+    stamp = _stamp(folder)
+    file = home() / "index" / (hashlib.sha256(stamp[0][0].encode("utf-8", "surrogatepass")).hexdigest()[:16] + ".safetensors")
+    large = sum(size for _, size, *_ in stamp) >= _WORTH
+    if large and (found := _open(file, stamp)): return _Index(folder, *found, file)
+    about, arrays = _build(folder)
+    about = {**about, "stamp": stamp, "crc": _crc(arrays)}
+    if not large: return _Index(folder, about, arrays)
+    try:
+        with atomic(file) as part: save_file(arrays, part, metadata={"mmfuse": json.dumps(about)})
+    except (OSError, SafetensorError): return _Index(folder, about, arrays)
+    return _Index(folder, *(_open(file, stamp) or (about, arrays)), file)
+def _reopen(folder:Path, stamp:list) -> _Index:
+    "In a worker: the same index again."
+    index = _index(folder)
+    if index.about["stamp"] != stamp: raise CocoError(f"'{stamp[0][0]}' or the captions beside it changed while they were in use: make the dataset again")
+    return index
+
 # %% ../nbs/00_data.ipynb #6911f01b
 @dataclass
 class Sample:
@@ -242,6 +367,20 @@ class Sample:
     captions: list[str] # in order of annotation id
     labels: Tensor # float32 (C,), 1 where the class is in the picture
     image_id: int # COCO's number
+
+# %% ../nbs/00_data.ipynb #2e82f9da
+class _Rows(Sequence):
+    "A list of which each item is read when it is asked for; equal to a list with the same items."
+    def __init__(self, read, rows:np.ndarray): self.read, self.rows = read, rows
+    def __len__(self) -> int: return len(self.rows)
+    def __getitem__(self, i):
+        if isinstance(i, slice): return [self.read(n) for n in self.rows[i].tolist()]
+        return self.read(int(self.rows[i]))
+    def __iter__(self): return map(self.read, self.rows.tolist())
+    def __eq__(self, other) -> bool:
+        if isinstance(other, _Rows) and self.read == other.read and np.array_equal(self.rows, other.rows): return True
+        return isinstance(other, (list, _Rows)) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
+    def __repr__(self) -> str: return f"{[*self[:3]]!r}"[:-1] + (", ...]" if len(self) > 3 else "]")
 
 # %% ../nbs/00_data.ipynb #393a3773
 class CocoPairs(Dataset):
@@ -255,33 +394,20 @@ class CocoPairs(Dataset):
     ):
         "Raises `CocoError` on files that are not COCO's; decodes every picture once if `on_error` is 'skip'."
         if on_error not in ("raise", "skip"): raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
-        self.root, self.split = Path(root), split
-        folder, notes = self.root / split, self.root / "annotations"
+        self.root, self.split, self.keep_unlabelled = Path(root), split, keep_unlabelled
+        folder = self.root / split
         if not folder.is_dir(): raise CocoError(f"no folder '{folder}': COCO's layout keeps the pictures of '{split}' there")
-        instances, captions = [_read(notes / f"{kind}_{split}.json", kind) for kind in ("instances", "captions")]
-        self._collect(instances, captions, folder, keep_unlabelled)
+        self._index = _index(folder)
+        self.classes, self.category_ids = self._index.about["classes"], self._index.about["category_ids"]
         self.skipped: list[tuple[int, str]] = []
+        self.__dict__.update(self._read())
         if on_error == "skip": self._skip_broken()
 
-    def _collect(self, instances:dict, captions:dict, folder:Path, keep_unlabelled:bool):
-        "Labels and captions of each picture, in the order of the file."
-        categories = sorted(instances["categories"], key=lambda c: c["id"])
-        self.category_ids, self.classes = [c["id"] for c in categories], [c["name"] for c in categories]
-        place = {c: i for i, c in enumerate(self.category_ids)}
-        pictures = {im["id"]: im for im in instances["images"]}
-        labels, said = {i: set() for i in pictures}, {i: [] for i in pictures}
-        for a in instances["annotations"]:
-            if a["image_id"] not in pictures: raise CocoError(f"'instances_{self.split}.json': an annotation belongs to picture {a['image_id']}, which is not among the images")
-            if a["category_id"] not in place: raise CocoError(f"'instances_{self.split}.json': an annotation of picture {a['image_id']} has the category {a['category_id']}, which is not among the categories")
-            labels[a["image_id"]].add(place[a["category_id"]])
-        for a in sorted(captions["annotations"], key=lambda a: a["id"]):
-            if a["image_id"] not in pictures: raise CocoError(f"'captions_{self.split}.json': caption {a['id']} belongs to picture {a['image_id']}, which is not among the images")
-            said[a["image_id"]].append(a["caption"])
-        self.image_ids = [i for i in pictures if said[i] and (labels[i] or keep_unlabelled)]
-        self._paths = [str(_inside(folder, pictures[i])) for i in self.image_ids]
-        self.captions = [said[i] for i in self.image_ids]
-        self.labels = torch.zeros(len(self.image_ids), len(self.classes))
-        for n, i in enumerate(self.image_ids): self.labels[n, list(labels[i])] = 1
+    def _read(self) -> dict: # the attributes that the index gives
+        "Ids, files, sentences and labels of the pictures that count."
+        rows = self._index.rows(self.keep_unlabelled, {i for i, _ in self.skipped})
+        return dict(image_ids=[self._index.ids[n] for n in rows.tolist()], labels=self._index.labels(rows),
+                    _paths=_Rows(self._index.path, rows), captions=_Rows(self._index.said, rows))
 
     def _skip_broken(self):
         "Leave out the pictures that cannot be decoded, and say which."
@@ -290,16 +416,23 @@ class CocoPairs(Dataset):
             except CocoError as e: return str(e)
         with ThreadPoolExecutor() as pool: errors = list(pool.map(error, self._paths))
         self.skipped = [(i, e) for i, e in zip(self.image_ids, errors) if e]
-        keep = [n for n, e in enumerate(errors) if not e]
-        for name in ("image_ids", "_paths", "captions"): setattr(self, name, [getattr(self, name)[n] for n in keep])
-        self.labels = self.labels[keep]
+        self.__dict__.update(self._read())
         if self.skipped: warnings.warn(f"{len(self.skipped)} of {len(errors)} pictures of '{self.split}' are left out; the first: {self.skipped[0][1]}", stacklevel=3)
+
+    def __getstate__(self) -> dict: # small: what the index gives again is not sent
+        def same(a, b): return torch.equal(a, b) if isinstance(a, Tensor) else type(a) is type(b) and a == b
+        read = self._read()
+        return {k: v for k, v in self.__dict__.items() if k not in read or not same(v, read[k])}
+    def __setstate__(self, state:dict):
+        self.__dict__.update(state)
+        self.__dict__.update({**self._read(), **state})
 
     @property
     def key(self) -> str: # hex digits
         "A digest of everything but the pixels: ids, files' names and sizes, captions, labels. Caches use it."
-        sizes = [Path(p).stat().st_size if Path(p).exists() else -1 for p in self._paths]
-        content = json.dumps([self.classes, self.image_ids, [Path(p).name for p in self._paths], sizes, self.captions])
+        paths = list(map(Path, self._paths))
+        sizes = [p.stat().st_size if p.exists() else -1 for p in paths]
+        content = json.dumps([self.classes, self.image_ids, [p.name for p in paths], sizes, list(self.captions)])
         return hashlib.sha256(content.encode() + self.labels.numpy().tobytes()).hexdigest()[:16]
 
     def path(self, i:int) -> Path: return Path(self._paths[i])

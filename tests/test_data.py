@@ -2,16 +2,19 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 
 import numpy as np
 import pytest
+import safetensors.numpy as safetensors_numpy
 import torch
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 from torchvision.datasets import CocoCaptions
 
+from mmfuse import data
 from mmfuse.data import CATEGORIES, SYNONYMS, CocoError, CocoPairs, decode_image, mask_mentions, mentions
 from mmfuse.toy import toy_coco
 
@@ -227,3 +230,182 @@ def test_every_name_is_found_and_hidden():
         assert not mentions(mask_mentions(f"There is a {name} here", classes), classes).any()
     taken = [p for phrases in SYNONYMS.values() for p in phrases]
     assert len(taken) == len(set(taken)), "a phrase names two categories"
+
+
+@pytest.fixture
+def kept(make, tmp_path, monkeypatch):
+    "The small data set, with an index kept for it however small it is; and the folder of indexes."
+    monkeypatch.setenv("MMFUSE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(data, "_WORTH", 0)
+    return make, tmp_path / "home" / "index"
+
+
+def parsed(monkeypatch):
+    "A list that grows by one with each JSON file that is parsed."
+    calls, parse = [], data._parse
+    monkeypatch.setattr(data, "_parse", lambda path, keys: calls.append(path.name) or parse(path, keys))
+    return calls
+
+
+def same(a, b):
+    assert (a.image_ids, a.classes, a.category_ids, a.key) == (b.image_ids, b.classes, b.category_ids, b.key)
+    assert list(a.captions) == list(b.captions) and torch.equal(a.labels, b.labels) and a.path(0) == b.path(0)
+    return True
+
+
+def test_a_kept_index_gives_the_same_and_parses_nothing(kept, monkeypatch):
+    make, folder = kept
+    first = CocoPairs(make(), "val2017")
+    calls = parsed(monkeypatch)
+    again = CocoPairs(first.root, "val2017")
+    assert same(first, again) and not calls and len(list(folder.iterdir())) == 1
+    assert CocoPairs(first.root, "val2017", keep_unlabelled=True).image_ids == [3, 7, 9] and not calls
+    monkeypatch.setattr(data, "_WORTH", 1 << 60)
+    assert same(again, CocoPairs(first.root, "val2017")) and len(calls) == 2
+
+
+@pytest.mark.parametrize("kind", ["instances", "captions"])
+def test_a_stale_index_is_noticed(kept, kind):
+    make, folder = kept
+    root = make()
+    CocoPairs(root, "val2017")
+    path = root / "annotations" / f"{kind}_val2017.json"
+    before, text = path.stat(), path.read_text()
+    changed = text.replace('"person"', '"PERSON"') if kind == "instances" else text.replace("first", "FIRST")
+    assert len(changed) == len(text) and changed != text
+    path.write_text(changed)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same time: only the content tells
+    ds = CocoPairs(root, "val2017")
+    assert ds.classes[0] == ("PERSON" if kind == "instances" else "person")
+    assert ds.captions[0][0] == ("FIRST" if kind == "captions" else "first")
+    assert len(list(folder.iterdir())) == 1
+    os.utime(path, ns=(0, 0))
+    assert same(ds, CocoPairs(root, "val2017"))
+    path.write_text("{broken")
+    with pytest.raises(CocoError, match="not JSON"):
+        CocoPairs(root, "val2017")
+    path.unlink()
+    with pytest.raises(CocoError, match="cannot read"):
+        CocoPairs(root, "val2017")
+
+
+@pytest.mark.parametrize("how", ["empty", "half", "end", "flip", "text", "folder", "other"])
+def test_a_damaged_index_is_made_anew_silently(kept, monkeypatch, how, recwarn):
+    make, folder = kept
+    first = CocoPairs(make(), "val2017")
+    file, = folder.iterdir()
+    content = file.read_bytes()
+    file.unlink()
+    if how == "folder":
+        (file / "x").mkdir(parents=True)
+    elif how == "other":
+        safetensors_numpy.save_file(dict(ids=np.zeros(3)), file, metadata={"mmfuse": "{}"})
+    else:
+        file.write_bytes({"empty": b"", "half": content[: len(content) // 2], "end": content[:-1], "text": b"no index at all",
+                          "flip": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]}[how])
+    calls = parsed(monkeypatch)
+    assert same(first, CocoPairs(first.root, "val2017")) and len(calls) == 2
+    assert same(first, CocoPairs(first.root, "val2017")) and len(calls) == 2
+    assert [p.is_file() for p in folder.iterdir()] == [True] and not recwarn.list
+
+
+def test_a_home_that_cannot_be_written_costs_only_time(kept, monkeypatch, tmp_path):
+    make, _ = kept
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MMFUSE_HOME", str(tmp_path / "file" / "home"))
+    first, calls = CocoPairs(make(), "val2017"), parsed(monkeypatch)
+    assert same(first, CocoPairs(first.root, "val2017")) and len(calls) == 2
+    assert same(first, pickle.loads(pickle.dumps(first)))
+
+
+def test_a_full_disk_leaves_no_half_index(kept, monkeypatch):
+    make, folder = kept
+
+    def full(arrays, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data, "save_file", full)
+    assert CocoPairs(make(), "val2017").image_ids == [3, 7] and not list(folder.iterdir())
+
+
+def test_a_pickle_of_kept_data_is_small_and_checked(kept):
+    make, folder = kept
+    many = [dict(id=n, image_id=3, caption=f"sentence number {n}") for n in range(5000)]
+    ds = CocoPairs(make(None, dict(annotations=many)), "val2017")
+    packed = pickle.dumps(ds)
+    assert len(packed) < 2000 and same(ds, pickle.loads(packed))
+    for file in folder.iterdir():
+        file.unlink()
+    assert same(ds, pickle.loads(packed))  # the cache was cleared meanwhile
+    make()
+    with pytest.raises(CocoError, match="changed while"):
+        pickle.loads(packed)
+
+
+@pytest.mark.parametrize("method", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()])
+def test_workers_open_the_index(root, method, monkeypatch, tmp_path):
+    monkeypatch.setenv("MMFUSE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(data, "_WORTH", 0)
+    ds = CocoPairs(root, "train2017")
+    assert ds._index.file.is_file()
+    loader = DataLoader(ds, batch_size=None, num_workers=2, multiprocessing_context=method)
+    samples = list(loader)
+    assert [s.image_id for s in samples] == ds.image_ids and [s.captions for s in samples] == ds.captions
+
+
+def test_what_somebody_changed_survives_the_pickle(root):
+    ds = CocoPairs(root, "train2017")
+    ds.labels[0] = 1 - ds.labels[0]
+    ds.image_ids, ds.captions, ds.extra = ds.image_ids[:3], ds.captions[:3], "mine"
+    again = pickle.loads(pickle.dumps(ds))
+    assert torch.equal(again.labels, ds.labels) and again.captions == ds.captions and again.image_ids == ds.image_ids and again.extra == "mine"
+
+
+def test_skipped_pictures_stay_out_of_the_pickle(kept):
+    make, _ = kept
+    root = make()
+    break_it(root / "val2017" / "3.jpg", "half")
+    with pytest.warns(UserWarning):
+        ds = CocoPairs(root, "val2017", on_error="skip")
+    again = pickle.loads(pickle.dumps(ds))
+    assert same(ds, again) and again.skipped == ds.skipped and len(again) == 1
+
+
+def test_captions_behave_like_a_list(root):
+    ds = CocoPairs(root, "train2017")
+    plain = [list(five) for five in ds.captions]
+    assert ds.captions == plain and plain == ds.captions and ds.captions != plain[:-1] and not ds.captions == plain[::-1]
+    assert ds.captions[-1] == plain[-1] and ds.captions[2:5] == plain[2:5] and ds.captions[np.int64(1)] == plain[1]
+    assert repr(ds.captions).startswith("[[") and plain[3] in ds.captions
+    with pytest.raises(IndexError):
+        ds.captions[len(ds)]
+
+
+def test_any_text_and_any_number_passes_the_index(kept):
+    make, _ = kept
+    odd = ["", "two\nlines", "\0", "\u202eright to left", "\ud800 alone", "Café 🐕", "a" * 10_000]
+    big = 10**30
+    images = [dict(id=big, file_name="sub/ä.jpg"), dict(id=-1, file_name="b.jpg")]
+    root = make(dict(images=images, annotations=[dict(image_id=big, category_id=18)]),
+                dict(annotations=[dict(id=n, image_id=big, caption=c) for n, c in enumerate(odd)]))
+    for _ in range(2):
+        ds = CocoPairs(root, "val2017")
+        assert ds.image_ids == [big] and ds.captions == [odd] and ds.path(0).name == "ä.jpg"
+    assert len(CocoPairs(make(dict(images=[], annotations=[]), dict(annotations=[])), "val2017")) == 0
+
+
+@pytest.mark.parametrize("outline", ['[[1, 2.5, -3e-1]]', '[ [1,2] , [3,4] ]', '[]', '[[]]', '{"counts": [1, 2], "size": [3, 4]}', '"none"', 'null'])
+def test_outlines_are_read_over(make, outline):
+    text = '{"images": [{"id": 3, "file_name": "3.jpg"}], "categories": [{"id": 1, "name": "person"}], "annotations": [%s]}'
+    rows = ('{"segmentation": %s, "image_id": 3, "category_id": 1}', '{"image_id": 3, "category_id": 1, "segmentation" : %s}')
+    for row in rows:
+        one = dict(annotations=[dict(id=1, image_id=3, caption='says "segmentation": [[1, 2]] twice')])
+        ds = CocoPairs(make(text % (row % outline), one), "val2017")
+        assert ds.labels.tolist() == [[1]] and ds.captions == [['says "segmentation": [[1, 2]] twice']]
+
+
+@pytest.mark.parametrize("outline", ["[[1, 2]", "[1, 2]]", "[[1, 2]],]", "[[1, 2", "[[a]]"])
+def test_a_broken_outline_is_broken_json(make, outline):
+    text = '{"images": [], "categories": [],\n "annotations": [{"segmentation": %s, "image_id": 3, "category_id": 1}]}' % outline
+    with pytest.raises(CocoError, match="not JSON.*line 2"):
+        CocoPairs(make(text), "val2017")
