@@ -24,9 +24,10 @@ ARMS = ("image", "text", "late", "concat", "joint", "article", "gated", "film", 
 # %% ../nbs/appendix/cli.ipynb #89a31f0e
 def check_names(
     arms:str|None, # names with commas between them
-) -> list[str]|None: # a list of names, or None for all
+) -> list[str]|None: # a list of names, or None
     "Split a list of arms; `MmfuseError` names one that does not exist."
     if arms is None: return None
+    if arms == "all": return list(ARMS)
     names = [a.strip() for a in arms.split(",") if a.strip()]
     for a in names:
         if a not in ARMS: raise MmfuseError(f"no arm is called '{a}'; there are: {', '.join(ARMS)}")
@@ -110,7 +111,7 @@ def ledger(
     test_data: Annotated[Optional[Path], typer.Option(help="the folder that holds the test split, if it is another one")] = None,
     image_encoder: ImageEncoder = "tiny",
     text_encoder: TextEncoder = "tiny",
-    arms: Annotated[Optional[str], typer.Option(help="names with commas between them; all if not given")] = None,
+    arms: Annotated[Optional[str], typer.Option(help="names with commas between them, or all; the standard eight if not given")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="trainings of each arm")] = 3,
     captions: Annotated[int, typer.Option(min=1, help="captions of a test picture, from the lowest annotation id on")] = 1,
     out: Annotated[Optional[Path], typer.Option(help="a JSON file; a figure is drawn beside it")] = None,

@@ -38,6 +38,7 @@ def heads_for(width:int) -> int: # a divisor of `width`
     return math.gcd(width, max(1, min(8, width // 32)))
 class TokenHead(FusionHead):
     "The base of heads that read tokens: both modalities projected to one width."
+    pools_image, widths = False, (32, 64)
     def __init__(self, d_image:int, d_text:int, n_classes:int, *, width:int=256, dropout:float=0.1, **kwargs):
         super().__init__(d_image, d_text, n_classes, width=width, **kwargs)
         self.image, self.text = nn.Linear(d_image, width), nn.Linear(d_text, width)

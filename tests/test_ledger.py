@@ -1,0 +1,246 @@
+"""The ledger: nothing is judged on what it was trained or tuned on, gains are what they say, files are whole, bad input is one line."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mmfuse import ledger as module
+from mmfuse.data import CocoError
+from mmfuse.files import MmfuseError
+from mmfuse.fusion import HEADS
+from mmfuse.ledger import (RECOMMENDED, STANDARD, Split, as_frame, check_arms, choose_settings, draw, fold_splits, gain, pooled_image,
+                           read_folds, run, save, score_arm, score_arms, settings_of, tabulate, text_table, train_arm)
+from mmfuse.metrics import mean_average_precision
+from mmfuse.token_cache import Tokens
+from mmfuse.toy import toy_ceilings, toy_coco
+from mmfuse.training import predict
+
+P, DI, K, T, DT, C = 4, 6, 3, 5, 8, 4
+
+
+def make_tokens(n=80, seed=0, signal=1.0):
+    "Tokens whose first features say the labels."
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((n, C)) < 0.4).astype(np.float32)
+    img = rng.normal(size=(n, P, DI)) * 0.3
+    img[..., :C] += signal * labels[:, None]
+    txt = rng.normal(size=(n, K, T, DT)) * 0.3
+    txt[..., :C] += signal * labels[:, None, None]
+    return Tokens(img=img.astype(np.float16), txt=txt.astype(np.float16), mask=np.ones((n, K, T), bool), labels=labels,
+                  image_id=np.arange(1000, 1000 + n), names=np.eye(C, DT, dtype=np.float32), classes=list("abcd"))
+
+
+def fake_scores(n=60, seed=0):
+    rng = np.random.default_rng(seed)
+    y = (rng.random((n, C)) < 0.4).astype(np.float32)
+    return y, {arm: y + s * rng.normal(size=(2, n, C)) for arm, s in
+               dict(image=2.0, text=1.5, late=1.2, joint=0.8, article=3.0).items()}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return toy_coco(tmp_path_factory.mktemp("toy") / "coco", n_train=40, n_val=30)
+
+
+@pytest.fixture(scope="module")
+def finished(toy, tmp_path_factory):
+    "One small run with all that the JSON must have."
+    out = tmp_path_factory.mktemp("ledger") / "ledger.json"
+    frame = run(toy, test_split="val2017", arms=["image", "text", "late", "joint", "article"], seeds=2, epochs=1,
+                out=out, cache_dir=out.parent / "tokens", workers=1, progress=False)
+    return frame, json.loads(out.read_text()), out
+
+
+@pytest.mark.parametrize("arm", list(HEADS))
+def test_every_arm_has_six_settings_that_work(arm):
+    settings = settings_of(arm)
+    assert len(settings) == 6 and len({str(s) for s in settings}) == 6
+    for setting in (settings[0], settings[-1]):
+        head = train_arm(arm, make_tokens(16), setting, epochs=1)
+        assert torch.isfinite(predict(head, make_tokens(5, seed=1))).all()
+
+
+@pytest.mark.parametrize("arm", [a for a in HEADS if HEADS[a].pools_image])
+def test_pooling_first_changes_nothing(arm):
+    tokens = make_tokens(32)
+    a, b = (predict(train_arm(arm, t, settings_of(arm)[0], epochs=2), t) for t in (tokens, pooled_image(tokens)))
+    torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("arm", [a for a in HEADS if not HEADS[a].pools_image])
+def test_heads_that_look_at_places_are_not_pooled(arm):
+    tokens = make_tokens(32)
+    tokens.img[:, 0] += 5  # one place unlike the others
+    head = train_arm(arm, tokens, settings_of(arm)[-1], epochs=3)
+    assert (predict(head, tokens) - predict(head, pooled_image(tokens))).abs().max() > 1e-3
+
+
+def test_folds_judge_each_picture_once_and_never_on_itself():
+    tokens = make_tokens(23)
+    splits, order = fold_splits(tokens, {i: i % 5 for i in range(1000, 1023)})
+    assert sorted(order) == list(range(23)) and len(splits) == 5
+    for s in splits:
+        assert set(s.train.image_id).isdisjoint(s.test.image_id)
+        assert len(s.train) + len(s.test) == 23
+        assert len({i % 5 for i in s.test.image_id.tolist()}) == 1
+
+
+def test_settings_are_chosen_without_the_test_pictures():
+    "Whatever the test labels are, the choice and the trained scores stay the same."
+    train, test = make_tokens(40), make_tokens(20, seed=1)
+    other = make_tokens(20, seed=1)
+    other.labels[:] = 1 - other.labels
+    a, b = (score_arm("text", Split(train, t), seeds=1, epochs=2) for t in (test, other))
+    assert a["setting"] == b["setting"] and np.array_equal(a["scores"], b["scores"])
+
+
+def test_the_choice_sees_only_the_pictures_held_back(monkeypatch):
+    tokens, trained_on = make_tokens(40), []
+    monkeypatch.setattr(module, "fit", lambda head, t, **kw: trained_on.append(set(t.image_id.tolist())) or [0.0])
+    choose_settings("text", tokens)
+    held = set(tokens.image_id.tolist()) - trained_on[0]
+    assert len(trained_on) == 6 and len(held) == 10 and all(t.isdisjoint(held) for t in trained_on)
+
+
+def test_workers_do_not_change_a_number():
+    splits = [Split(make_tokens(40, seed=s), make_tokens(20, seed=s + 9)) for s in (0, 1)]
+    one, two = (score_arms(["text", "label_query"], splits, seeds=1, epochs=1, workers=w, progress=False) for w in (1, 2))
+    for arm in one:
+        for a, b in zip(one[arm], two[arm]):
+            assert np.array_equal(a["scores"], b["scores"]) and a["setting"] == b["setting"]
+
+
+def test_labels_that_nobody_can_know_score_at_chance():
+    "The whole procedure on noise: tuning must not leak."
+    train, test = make_tokens(120, signal=0.0), make_tokens(120, seed=1, signal=0.0)
+    found = score_arm("joint", Split(train, test), seeds=2, epochs=5)
+    assert np.mean([mean_average_precision(s, test.labels) for s in found["scores"]]) < test.labels.mean() + 0.08
+
+
+def test_gains_are_differences_of_the_table():
+    y, scores = fake_scores()
+    t = tabulate(scores, y, resamples=50)
+    assert t["best_unimodal"] == "text"
+    for arm, gains in t["gains"].items():
+        for key, reference in dict(vs_best_unimodal="text", vs_late="late", vs_joint="joint", vs_article="article").items():
+            assert (key in gains) == (arm != reference)
+            if arm != reference:
+                a, b = t["arms"][arm]["mAP"], t["arms"][reference]["mAP"]
+                assert gains[key]["absolute"] == pytest.approx(a - b) and gains[key]["relative"] == pytest.approx((a - b) / b)
+                assert gains[key]["ci95"][0] <= gains[key]["absolute"] <= gains[key]["ci95"][1]
+        assert t["arms"][arm]["mAP"] == pytest.approx(np.mean(t["arms"][arm]["seeds"]))
+
+
+def test_gain_is_antisymmetric_and_invariant_to_monotone_scores():
+    y, s = fake_scores()
+    ab, ba = gain(s["joint"], s["text"], y, n=50), gain(s["text"], s["joint"], y, n=50)
+    assert ab["absolute"] == pytest.approx(-ba["absolute"]) and ab["ci95"] == pytest.approx([-ba["ci95"][1], -ba["ci95"][0]])
+    assert gain(np.exp(s["joint"]), 3 * s["text"] + 1, y, n=50) == pytest.approx(ab)
+
+
+def test_the_json_holds_what_tools_read(finished):
+    frame, ledger, _ = finished
+    assert ledger["data"] == dict(train=40, test=30, classes=24) and ledger["encoders"] == dict(image="tiny", text="tiny")
+    assert ledger["recommended"] == RECOMMENDED
+    for arm, r in ledger["arms"].items():
+        assert {"mAP", "ci95", "seeds", "cf1", "of1", "params", "train_seconds"} <= set(r)
+        assert len(r["seeds"]) == 2 and r["ci95"][0] <= r["mAP"] <= r["ci95"][1] and r["params"] > 0 and r["train_seconds"] > 0
+    assert set(ledger["gains"]["joint"]) == {"vs_best_unimodal", "vs_late", "vs_article"}
+    assert list(frame.index) == sorted(ledger["arms"], key=lambda a: -ledger["arms"][a]["mAP"])
+    assert frame.attrs["ledger"]["arms"].keys() == ledger["arms"].keys()
+
+
+def test_table_and_figure_show_every_arm(finished):
+    frame, ledger, out = finished
+    table = text_table(frame)
+    assert all(arm in table for arm in ledger["arms"]) and table.count("\n") == len(ledger["arms"])
+    labels = [t.get_text() for t in draw(ledger).axes[0].get_yticklabels()]
+    assert sorted(x.removesuffix(" *") for x in labels) == sorted(ledger["arms"])
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_second_run_gives_the_same_numbers(finished, toy):
+    _, ledger, out = finished
+    again = run(toy, test_split="val2017", arms=["text"], seeds=2, epochs=1, cache_dir=out.parent / "tokens", workers=1, progress=False)
+    assert again.attrs["ledger"]["arms"]["text"]["seeds"] == ledger["arms"]["text"]["seeds"]
+
+
+def test_the_toy_has_its_ceilings(monkeypatch, toy, tmp_path):
+    monkeypatch.setattr(module, "toy_coco", lambda: toy)
+    frame = run(arms=["text"], seeds=1, epochs=1, cache_dir=tmp_path, workers=1, progress=False)
+    assert frame.attrs["ledger"]["ceilings"] == toy_ceilings(toy)
+
+
+def test_folds_and_a_test_root(toy, tmp_path):
+    ids = [i["id"] for i in json.loads((toy / "annotations" / "instances_train2017.json").read_text())["images"]]
+    (tmp_path / "folds.json").write_text(json.dumps({i: i % 2 for i in ids}))
+    common = dict(arms=["text"], seeds=1, epochs=1, cache_dir=tmp_path / "tokens", workers=1, progress=False)
+    assert run(toy, folds=tmp_path / "folds.json", **common).attrs["ledger"]["data"] == dict(train=40, test=40, classes=24)
+    shutil.copytree(toy, tmp_path / "elsewhere")
+    assert run(toy, test_data=tmp_path / "elsewhere", test_split="val2017", **common).attrs["ledger"]["data"]["test"] == 30
+
+
+def test_more_test_captions_change_the_score_of_words_alone(toy, tmp_path):
+    common = dict(test_split="val2017", seeds=1, epochs=1, cache_dir=tmp_path, workers=1, progress=False, arms=["image", "text"])
+    one, five = run(toy, **common), run(toy, captions=5, **common)
+    assert one.mAP["image"] == five.mAP["image"] and one.mAP["text"] != five.mAP["text"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(arms=["txet"]), "no arm is called 'txet'"),
+    (dict(test_split="train2017"), "has pictures of 'train2017' in it"),
+    (dict(test_split=None), "either a test split or folds"),
+    (dict(test_split="test2017"), "test2017"),
+    (dict(image_encoder="resnet5000"), "no image encoder 'resnet5000'"),
+    (dict(text_encoder="./nowhere"), "nowhere"),
+])
+def test_bad_input_is_one_line_and_writes_nothing(toy, tmp_path, change, words):
+    with pytest.raises(MmfuseError) as e:
+        run(toy, **{**dict(test_split="val2017", out=tmp_path / "new" / "x.json", progress=False), **change})
+    assert words in str(e.value) and "\n" not in str(e.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"a": 1}', '{"1": 0, "2": 0}', "null"])
+def test_folds_that_are_none(tmp_path, text):
+    (tmp_path / "folds.json").write_text(text)
+    with pytest.raises(MmfuseError, match="folds"):
+        read_folds(tmp_path / "folds.json")
+
+
+def test_categories_must_agree(toy, tmp_path):
+    other = shutil.copytree(toy, tmp_path / "other")
+    path = other / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"][0]["name"] = "someone"
+    path.write_text(json.dumps(content))
+    with pytest.raises(CocoError, match="different categories"):
+        run(toy, test_data=other, test_split="val2017", progress=False)
+
+
+def test_check_arms():
+    assert check_arms(None) == list(STANDARD) and set(STANDARD) <= set(HEADS) and check_arms(["text", "text"]) == ["text"]
+    with pytest.raises(MmfuseError):
+        check_arms([])
+
+
+def test_a_failed_figure_leaves_the_old_files(tmp_path, finished, monkeypatch):
+    _, ledger, _ = finished
+    save(ledger, tmp_path / "x.json")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(module.json, "dumps", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(ledger, tmp_path / "x.json")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_real_pictures_go_through(real_coco, tmp_path):
+    "The cheapest arm on real pictures with the shipped encoders; real COCO has all 80 categories."
+    frame = run(real_coco, train_split="val2017", folds=real_coco / "folds.json", arms=["text"], seeds=1, epochs=1,
+                cache_dir=tmp_path, workers=1, progress=False)
+    assert frame.attrs["ledger"]["data"] == dict(train=427, test=427, classes=80)
+    assert isinstance(frame, pd.DataFrame) and as_frame(frame.attrs["ledger"]).equals(frame)
