@@ -205,18 +205,18 @@ def tabulate(
 def draw(
     ledger:dict, # as the JSON has it
 ) -> Figure: # bars with intervals
-    "One bar an arm, best last; a dashed line at the best single modality, grey lines at ceilings where they are known."
+    "One bar an arm, the best on top; a dashed line at the best single modality, grey lines at ceilings where they are known."
     style()
-    arms = sorted(ledger["arms"], key=lambda a: ledger["arms"][a]["mAP"])
+    arms = sorted(ledger["arms"], key=lambda a: -ledger["arms"][a]["mAP"])
     get = lambda i: [ledger["arms"][a]["ci95"][i] for a in arms]
     fig, ax = new_figure(height=0.6 + 0.28 * len(arms))
     bars(ax, [f"{a} *" if a == ledger.get("recommended") else a for a in arms], [ledger["arms"][a]["mAP"] for a in arms], get(0), get(1))
     for name, value in ledger.get("ceilings", {}).items():
         ax.axvline(value, color=CEILING, lw=2, zorder=0)
-        ax.annotate(f"ceiling: {name}", (value, 1), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", fontsize=7, color=CEILING)
+        ax.annotate(name, (value, 1), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", fontsize=7, color=CEILING)
     best = ledger.get("best_unimodal")
     if best: ax.axvline(ledger["arms"][best]["mAP"], color=INK, lw=1, ls="--")
-    ax.set(xlabel="mAP, 95 % interval over test pictures" + (" (* recommended)" if ledger.get("recommended") in arms else ""), xlim=(0, None))
+    ax.set(xlabel="mAP, 95 % interval over test pictures" + ("; grey: ceilings" if "ceilings" in ledger else "") + (" (* recommended)" if ledger.get("recommended") in arms else ""), xlim=(0, None))
     return fig
 
 # %% ../nbs/11_coco.ipynb #cb77ea30
