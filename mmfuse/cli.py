@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'EXTRA', 'app', 'Data', 'CacheDir', 'ImageEncoder', 'TextEncoder', 'check_names', 'check_coco',
-           'check_encoder', 'toy', 'cache', 'ledger', 'main']
+           'check_encoder', 'toy', 'cache', 'ledger', 'train', 'main']
 
 # %% ../nbs/appendix/cli.ipynb #837c0232
 import json
@@ -132,13 +132,56 @@ def ledger(
     print(text_table(frame))
     if out: print(f"written: {out} and {out.with_suffix('.png')}")
 
+# %% ../nbs/appendix/cli.ipynb #fa2d5cde
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="a folder for this run")],
+    resume: Annotated[bool, typer.Option("--resume", help="go on with what is there, or begin")] = False,
+    config: Annotated[Optional[Path], typer.Option(help="a TOML file of settings, named as the flags are, with _ for -; flags win")] = None,
+    data: Data = None,
+    train_split: Annotated[Optional[str], typer.Option(help="split to train on (train2017)")] = None,
+    val_split: Annotated[Optional[str], typer.Option(help="split that chooses the best epoch (val2017)")] = None,
+    image_encoder: Annotated[Optional[str], typer.Option(help="as for `mmfuse cache` (tiny)")] = None,
+    text_encoder: Annotated[Optional[str], typer.Option(help="as for `mmfuse cache` (tiny)")] = None,
+    arm: Annotated[Optional[str], typer.Option(help="a fusion head (joint)")] = None,
+    width: Annotated[Optional[int], typer.Option(help="of hidden layers, where there are any (256)")] = None,
+    epochs: Annotated[Optional[int], typer.Option(help="passes over the pictures (30)")] = None,
+    lr: Annotated[Optional[float], typer.Option(help="largest learning rate (0.001)")] = None,
+    weight_decay: Annotated[Optional[float], typer.Option(help="of matrices (0.1)")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="pictures a step, all processes together (64)")] = None,
+    accumulate: Annotated[Optional[int], typer.Option(help="parts of a process's share of a batch, one after the other (1)")] = None,
+    modality_dropout: Annotated[Optional[float], typer.Option(help="probability that a batch lacks one modality (0)")] = None,
+    clip: Annotated[Optional[float], typer.Option(help="largest norm of the gradient; 0: any (0)")] = None,
+    ema: Annotated[Optional[float], typer.Option(help="decay a step of averaged weights; 0: no average (0)")] = None,
+    patience: Annotated[Optional[int], typer.Option(help="epochs without a better validation mAP before it ends; 0: all epochs (0)")] = None,
+    precision: Annotated[Optional[str], typer.Option(help="fp32 or bf16 (fp32)")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="what everything random begins from (0)")] = None,
+    save_seconds: Annotated[Optional[float], typer.Option(help="between two checkpoints in an epoch; 0: after every step (5)")] = None,
+    cache_dir: CacheDir = None,
+):
+    "Train one head, in a folder from which it goes on after anything."
+    given = {k: v for k, v in locals().items() if k not in ("out", "resume", "config", "data", "cache_dir")}
+    from mmfuse.settings import check_run, read_settings
+    settings = read_settings(config, data=str(data.resolve()) if data else None, **given)
+    if settings.arm not in ARMS: raise MmfuseError(f"no arm is called '{settings.arm}'; there are: {', '.join(ARMS)}")
+    if settings.data: check_coco(Path(settings.data), settings.train_split), check_coco(Path(settings.data), settings.val_split)
+    for name in (settings.image_encoder, settings.text_encoder): check_encoder(name)
+    out = out.expanduser()
+    check_output(out / "config.json")
+    check_run(out, settings, resume)
+    from mmfuse.runs import train as run
+    done = run(settings, out, resume=resume, cache_dir=cache_dir)
+    if int(os.environ.get("RANK", 0)) == 0:
+        best = done.best
+        print(f"{done.epoch} epochs; best validation mAP {best['val_map']:.3f} in epoch {best['epoch']}; weights: {out / 'best' / 'model.safetensors'}")
+
 # %% ../nbs/appendix/cli.ipynb #a4b28bf4
 def main(
     args:list[str]|None=None, # the command line; the real one if not given
 ):
     "Run the command; an error that the user can put right is one line on stderr and exit code 2."
     try: sys.exit(app(args, standalone_mode=False) or 0)
-    except KeyboardInterrupt: message, code = "stopped", 130
+    except KeyboardInterrupt as e: message, code = str(e) or "stopped", 130
     except Exception as e:
         message, code = e.format_message() if hasattr(e, "format_message") else str(e), 2
         if not isinstance(e, MmfuseError) and not hasattr(e, "format_message"): raise
