@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'EXTRA', 'app', 'Data', 'CacheDir', 'ImageEncoder', 'TextEncoder', 'check_names', 'check_coco',
-           'check_encoder', 'toy', 'cache', 'ledger', 'train', 'main']
+           'check_encoder', 'toy', 'download', 'cache', 'ledger', 'train', 'main']
 
 # %% ../nbs/appendix/cli.ipynb #837c0232
 import json
@@ -74,6 +74,33 @@ def toy(
     if root: check_output(root / "annotations")
     from mmfuse.toy import toy_coco
     print(toy_coco(root, n_train=n_train, n_val=n_val, seed=seed))
+
+# %% ../nbs/appendix/cli.ipynb #6a3765b7
+@app.command()
+def download(
+    root: Annotated[Optional[Path], typer.Option(help="where to put it; `coco` in $MMFUSE_HOME or ~/.cache/mmfuse if not given")] = None,
+    only: Annotated[Optional[str], typer.Option(help="annotations, val2017, train2017, with commas between them; all (20 GB) if not given")] = None,
+    ids: Annotated[Optional[Path], typer.Option(help="a file with image ids: only these pictures")] = None,
+    n: Annotated[Optional[int], typer.Option("--n", min=1, help="only this many pictures")] = None,
+    subset: Annotated[Optional[str], typer.Option(help="mini: the course's 430 pictures of val2017, with folds.json")] = None,
+    split: Annotated[str, typer.Option(help="the split of --ids and --n")] = "val2017",
+    base_url: Annotated[Optional[str], typer.Option("--mirror", "--base-url", help="a mirror with the official paths")] = None,
+):
+    "Fetch COCO 2017, or a part of it: resumed after a break, checked, unpacked."
+    from mmfuse.download import OFFICIAL, check_parts, download, download_pictures, mini, read_ids
+    if sum(x is not None for x in (only, ids, n, subset)) > 1: raise MmfuseError("give one of --only, --ids, --n and --subset")
+    if subset not in (None, "mini"): raise MmfuseError(f"no subset is called '{subset}'; there is: mini")
+    if split not in ("train2017", "val2017"): raise MmfuseError(f"--split is train2017 or val2017, not '{split}'")
+    if base_url and not base_url.startswith(("http://", "https://")): raise MmfuseError(f"--mirror wants an address that begins with http:// or https://, not '{base_url}'")
+    parts, wanted = check_parts(only), read_ids(ids) if ids else mini()[0] if subset else n
+    root = root or home() / "coco"
+    check_output(root / ".download")
+    if wanted is None:
+        fetched = download(root, ",".join(parts), base_url=base_url or OFFICIAL)
+        return print(f"{root}: {', '.join(fetched) + ' fetched' if fetched else 'everything was there'}")
+    count = download_pictures(root, "val2017" if subset else split, wanted, base_url=base_url or OFFICIAL)
+    if subset: check_output(root / "folds.json").write_text(json.dumps(mini()[1]))
+    print(f"{root}: {count} pictures")
 
 # %% ../nbs/appendix/cli.ipynb #37b130f4
 @app.command()
