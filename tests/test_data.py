@@ -409,3 +409,21 @@ def test_a_broken_outline_is_broken_json(make, outline):
     text = '{"images": [], "categories": [],\n "annotations": [{"segmentation": %s, "image_id": 3, "category_id": 1}]}' % outline
     with pytest.raises(CocoError, match="not JSON.*line 2"):
         CocoPairs(make(text), "val2017")
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_of_an_animation_the_first_frame_is_read(tmp_path, name):
+    frames = [Image.fromarray(np.full((8, 12, 3), value, np.uint8)) for value in (200, 20, 90)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=50)
+    assert Image.open(tmp_path / name).n_frames == 3
+    image = decode_image(tmp_path / name)
+    assert image.shape == (3, 8, 12) and abs(image.float() - 200).max() < 4
+
+
+def test_pictures_of_every_kind_are_read_by_their_file_name(make):
+    root = make(dict(images=[dict(id=3, file_name="sub/a.webp"), dict(id=7, file_name="b.PNG")]), dict(annotations=[dict(id=i, image_id=i, caption="a") for i in (3, 7)]))
+    (root / "val2017" / "sub").mkdir()
+    Image.fromarray(np.full((4, 6, 3), 90, np.uint8)).save(root / "val2017" / "sub" / "a.webp")
+    Image.fromarray(np.full((4, 6), 40, np.uint8)).save(root / "val2017" / "b.PNG")
+    ds = CocoPairs(root, "val2017")
+    assert [round(s.image.float().mean().item()) for s in (ds[0], ds[1])] == [90, 40]
