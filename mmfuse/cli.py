@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'EXTRA', 'app', 'Data', 'CacheDir', 'ImageEncoder', 'TextEncoder', 'check_names', 'check_coco',
-           'check_encoder', 'toy', 'download', 'cache', 'ledger', 'train', 'main']
+           'check_encoder', 'toy', 'download', 'cache', 'ledger', 'shard', 'train', 'main']
 
 # %% ../nbs/appendix/cli.ipynb #837c0232
 import json
@@ -41,6 +41,7 @@ def check_coco(
 ):
     "`MmfuseError` if the folder, the pictures' folder or one of the two JSON files is not there."
     if not root.is_dir(): raise MmfuseError(f"no folder '{root}': give --data a folder in COCO's layout, or leave it out for the toy COCO")
+    if (root / split / "index.safetensors").is_file(): return  # shards
     wanted = [root / split, *(root / "annotations" / f"{kind}_{split}.json" for kind in ("instances", "captions"))]
     for p in wanted:
         if not p.exists(): raise MmfuseError(f"'{root}' is not COCO's layout for '{split}': '{p.relative_to(root)}' is missing")
@@ -121,11 +122,11 @@ def cache(
     if show:
         for entry in cache_info(cache_dir): print(f"{entry['bytes'] / 1e6:10.1f} MB  {entry['name']}")
         return
-    from mmfuse.data import CocoPairs
+    from mmfuse.shards import open_pairs
     from mmfuse.image_encoder import make_image_encoder
     from mmfuse.text_encoder import make_text_encoder
     from mmfuse.toy import toy_coco
-    tokens = cache_tokens(CocoPairs(data or toy_coco(), split), make_image_encoder(image_encoder), make_text_encoder(text_encoder), cache_dir=cache_dir)
+    tokens = cache_tokens(open_pairs(data or toy_coco(), split), make_image_encoder(image_encoder), make_text_encoder(text_encoder), cache_dir=cache_dir)
     print(f"{len(tokens)} pictures: image tokens {tuple(tokens.img.shape)}, text tokens {tuple(tokens.txt.shape)}")
 
 # %% ../nbs/appendix/cli.ipynb #aa511432
@@ -158,6 +159,29 @@ def ledger(
                 text_encoder=text_encoder, arms=names, seeds=seeds, captions=captions, out=out, cache_dir=cache_dir)
     print(text_table(frame))
     if out: print(f"written: {out} and {out.with_suffix('.png')}")
+
+# %% ../nbs/appendix/cli.ipynb #fdb22912
+@app.command()
+def shard(
+    out: Annotated[Path, typer.Option(help="where the split's folder of tars goes; then it is a --data")],
+    data: Data = None,
+    split: Annotated[str, typer.Option(help="the split to put into shards")] = "train2017",
+    per_shard: Annotated[int, typer.Option(min=1, help="pictures in a tar")] = 1000,
+    part: Annotated[Optional[str], typer.Option(help="K/N: only every N-th shard, from the K-th on; a last call without it writes the index")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the order in which pictures go into shards")] = 0,
+):
+    "Put a split into tar files of WebDataset's format, with an index: for a cluster, and for more than one disk."
+    if data: check_coco(data, split)
+    k, _, n = (part or "1/1").partition("/")
+    if not (k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)): raise MmfuseError(f"--part is K/N with K from 1 to N, 3/16 say, not '{part}'")
+    out = out.expanduser()
+    check_output(out / split / "index.safetensors")
+    from mmfuse.shards import make_shards, open_pairs
+    from mmfuse.toy import toy_coco
+    pairs = open_pairs(data or toy_coco(), split)
+    if not hasattr(pairs, "path"): raise MmfuseError(f"'{data}' holds shards already: give --data a folder in COCO's layout")
+    written = make_shards(pairs, out / split, per_shard=per_shard, part=(int(k), int(n)) if part else None, seed=seed)
+    print(f"{out / split}: {len(pairs)} pictures, {len(written)} shards written now")
 
 # %% ../nbs/appendix/cli.ipynb #fa2d5cde
 @app.command()

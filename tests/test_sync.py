@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = """files hub viz metrics losses data toy download preprocessing towers image_encoder text_encoder token_cache attention
-pooled_fusion token_fusion fusion alignment training settings runs ledger diagnostics classifier exercises shards cli""".split()
+ORDER = """files hub viz metrics losses data toy download shards preprocessing towers image_encoder text_encoder token_cache attention
+pooled_fusion token_fusion fusion alignment training settings runs ledger diagnostics classifier exercises cli""".split()
 
 
 @pytest.fixture(scope="module")
