@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'EXTRA', 'app', 'Data', 'CacheDir', 'ImageEncoder', 'TextEncoder', 'check_names', 'check_coco',
-           'check_encoder', 'toy', 'download', 'cache', 'ledger', 'shard', 'train', 'main']
+           'check_encoder', 'toy', 'download', 'cache', 'ledger', 'shard', 'train', 'exercises', 'main']
 
 # %% ../nbs/appendix/cli.ipynb #837c0232
 import json
@@ -225,6 +225,18 @@ def train(
     if int(os.environ.get("RANK", 0)) == 0:
         best = done.best
         print(f"{done.epoch} epochs; best validation mAP {best['val_map']:.3f} in epoch {best['epoch']}; weights: {out / 'best' / 'model.safetensors'}")
+
+# %% ../nbs/appendix/cli.ipynb #9c927efb
+@app.command()
+def exercises(
+    reset: Annotated[bool, typer.Option("--reset", help="forget what was solved")] = False,
+):
+    "List the exercises of all chapters, and which of them you have solved."
+    from mmfuse.exercises.verdict import forget, progress
+    if reset: forget()
+    rows = progress()
+    for number, title, state in rows: print(f"{number}  {'x' if state.startswith('right') else '.' if state == 'tried' else ' '}  {title:44} {state}")
+    print(f"{sum(s.startswith('right') for *_, s in rows)} of {len(rows)} solved")
 
 # %% ../nbs/appendix/cli.ipynb #a4b28bf4
 def main(

@@ -23,9 +23,9 @@ def exported(tmp_path_factory):
                         ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for name in ("settings.ini", "setup.py", "_quarto.yml"):
         shutil.copy(ROOT / name, copy / name)
-    for module in (copy / "mmfuse").glob("*.py"):
-        module.unlink()
-    (copy / "mmfuse" / "__init__.py").write_text((ROOT / "mmfuse" / "__init__.py").read_text())
+    for module in (copy / "mmfuse").rglob("*.py"):
+        if module.name != "__init__.py":
+            module.unlink()
     for command in ("nbdev_clean", "nbdev_export"):
         done = subprocess.run([Path(sys.executable).parent / command], cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -40,17 +40,24 @@ def test_notebooks_are_clean(exported):
 
 
 def test_package_is_what_the_notebooks_export(exported):
-    ours, theirs = ({p.name for p in (root / "mmfuse").glob("*.py")} for root in (ROOT, exported))
+    ours, theirs = ({str(p.relative_to(root / "mmfuse")) for p in (root / "mmfuse").rglob("*.py")} for root in (ROOT, exported))
     assert ours == theirs, f"run `make export`: {sorted(ours ^ theirs)}"
     _, mismatch, errors = filecmp.cmpfiles(ROOT / "mmfuse", exported / "mmfuse", sorted(ours), shallow=False)
     assert not mismatch + errors, f"run `make export`: out of step: {mismatch + errors}"
 
 
+PACKAGE = ROOT / "mmfuse"
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_"))
+
+
 def imports_of(path):
-    "The modules of mmfuse that a module imports, inside functions too."
+    "The modules of mmfuse that a module imports, inside functions too; a package counts as one."
+    depth = len(path.relative_to(PACKAGE).parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            if node.level and not node.module:
+            if node.level and node.level < depth:
+                continue  # a neighbour in the same package
+            elif node.level and not node.module:
                 yield from (a.name for a in node.names)
             elif node.level or (node.module or "").startswith("mmfuse."):
                 yield (node.module or "").removeprefix("mmfuse.").split(".")[0]
@@ -58,9 +65,9 @@ def imports_of(path):
             yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("mmfuse."))
 
 
-@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "mmfuse").glob("*.py") if not p.name.startswith("_")),
-                         ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: ".".join(p.relative_to(PACKAGE).with_suffix("").parts))
 def test_imports_run_one_way(path):
-    assert path.stem in ORDER, f"name '{path.stem}' in ORDER, after everything it imports"
-    wrong = [m for m in imports_of(path) if m in ORDER and ORDER.index(m) >= ORDER.index(path.stem)]
-    assert not wrong, f"{path.stem} imports {wrong}, which come after it"
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert name in ORDER, f"name '{name}' in ORDER, after everything it imports"
+    wrong = [m for m in imports_of(path) if m in ORDER and ORDER.index(m) >= ORDER.index(name)]
+    assert not wrong, f"{name} imports {wrong}, which come after it"

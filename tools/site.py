@@ -66,8 +66,9 @@ class Course(Site):
     def load_symbols(self):
         "Link `name()`, `a_name`, `a.name` and `Name` in backticks to the cell that exports it, unless two modules do."
         short: dict[str, set] = {}
-        for name, (target, _) in symbols().items():
-            module, local = re.match(r"(\w+\.\w+)\.(.+)", name).groups()
+        for name, (target, source) in symbols().items():
+            module = source.removesuffix(".py").replace("/", ".")
+            local = name.removeprefix(f"{module}.")
             page, fragment = target.split("#")
             link = f"/{page}#{fragment.split('.')[0]}"  # a method is found in the cell of its class
             if not local.startswith("_"):
