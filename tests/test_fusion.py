@@ -152,7 +152,7 @@ def test_label_query_begins_as_the_joint_head_and_answers_to_new_names():
     head = make_head("label_query", DI, DT, C, width=16, names=torch.randn(C, DT)).eval()
     args = inputs()
     with torch.no_grad():
-        assert torch.equal(head(*args), head.joint(*args))
+        assert torch.equal(head(*args), head.residual(*args))
         head.out.weight.normal_()
         assert head.ask(*args, names=torch.randn(2, DT)).shape == (B, 2)
         torch.testing.assert_close(head.ask(*args, names=head.names), head.ask(*args))
