@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from timm.loss import AsymmetricLossMultiLabel
 from torchvision.ops import sigmoid_focal_loss
 
 from mmfuse.files import MmfuseError
@@ -59,6 +60,18 @@ def test_asymmetric_is_the_papers(batch, gammas):
     x, y = batch
     ours = asymmetric(x, y, gamma_neg=gammas[0], gamma_pos=gammas[1], clip=gammas[2], reduction="none")
     torch.testing.assert_close(ours, published_asl(x, y, *gammas))
+
+
+@pytest.mark.parametrize("gammas", [(4, 1, 0.05), (4, 0, 0.05), (2, 2, 0), (0, 0, 0.2), (1, 3, 0.5)])
+@pytest.mark.parametrize("detach", [False, True])
+def test_asymmetric_is_timms_in_value_and_gradient(batch, gammas, detach):
+    x, y = (t[:1].float() for t in batch) # one picture: there a sum over classes is a sum, in every release of timm
+    theirs = AsymmetricLossMultiLabel(*gammas, disable_torch_grad_focal_loss=detach)
+    ours = lambda x, y: asymmetric(x, y, gamma_neg=gammas[0], gamma_pos=gammas[1], clip=gammas[2], detach=detach, reduction="sum")
+    found = [(loss(v, y), v) for loss, v in ((ours, x.clone().requires_grad_()), (theirs, x.clone().requires_grad_()))]
+    (a, in_a), (b, in_b) = found
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(a, in_a)[0], torch.autograd.grad(b, in_b)[0], rtol=1e-3, atol=1e-5)
 
 
 def test_without_focus_they_are_bce(batch):

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
-from sklearn.metrics import average_precision_score, f1_score
-from torchmetrics.functional.classification import binary_calibration_error, multilabel_average_precision
+from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
+from torchmetrics.functional.classification import (binary_average_precision, binary_calibration_error,
+                                                    multilabel_average_precision, multilabel_f1_score)
+from torchmetrics.functional.retrieval import retrieval_hit_rate
 
 from mmfuse import metrics
 from mmfuse.files import MmfuseError
@@ -75,6 +77,72 @@ def test_ap_sees_only_the_order(column, random):
     assert average_precision(np.searchsorted(levels, scores), y) == pytest.approx(ap, abs=1e-12)
     repeated = average_precision(np.repeat(scores, weight), np.repeat(y, weight)) if weight.any() else np.nan
     assert repeated == pytest.approx(average_precision(scores, y, weight), abs=1e-12, nan_ok=True)
+
+
+# probabilities on a coarse grid, with the ends, bin edges, the smallest number above 0 and the largest below 1
+PROBS = [0.0, 5e-324, 0.1, 1 / 15, 0.2, 0.5, np.nextafter(0.5, 1), 0.9, np.nextafter(1.0, 0), 1.0]
+tables = st.tuples(st.integers(1, 25), st.integers(1, 5)).flatmap(lambda shape: st.tuples(
+    hnp.arrays(np.float64, shape, elements=st.sampled_from(PROBS)), hnp.arrays(bool, shape)))
+
+
+@settings(deadline=None, max_examples=100)
+@given(tables)
+def test_ap_of_tied_probabilities_is_torchmetrics_too(table):
+    scores, y = table
+    if not y.any():
+        return
+    of_class = [float(binary_average_precision(torch.tensor(s), torch.tensor(t).long())) if t.any() else np.nan
+                for s, t in zip(scores.T, y.T)]
+    np.testing.assert_allclose(per_class_ap(scores, y), of_class, atol=1e-6)
+    assert mean_average_precision(scores, y) == pytest.approx(np.nanmean(of_class), abs=1e-6)
+    seen = y.any(0)
+    assert mean_average_precision(scores, y) == pytest.approx(average_precision_score(y[:, seen], scores[:, seen]), abs=1e-12)
+    assert micro_average_precision(scores, y) == pytest.approx(average_precision_score(y.ravel(), scores.ravel()), abs=1e-12)
+    whole = float(multilabel_average_precision(torch.tensor(scores), torch.tensor(y).long(), y.shape[1], average="micro")) if y.shape[1] > 1 else None
+    assert whole is None or micro_average_precision(scores, y) == pytest.approx(whole, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=100)
+@given(tables, st.sampled_from(PROBS))
+def test_f1s_are_scikit_learns_and_torchmetrics(table, threshold):
+    scores, y = table
+    if not y.any():
+        return
+    seen, chosen = y.any(0), scores >= threshold
+    cp = precision_score(y[:, seen], chosen[:, seen], average=None, zero_division=0).mean() if seen.sum() > 1 else None
+    cf1, of1 = cf1_of1(scores, y, threshold)
+    assert of1 == pytest.approx(f1_score(y.ravel(), chosen.ravel(), zero_division=0), abs=1e-12)
+    if y.shape[1] > 1:
+        theirs = multilabel_f1_score(torch.tensor(chosen).float(), torch.tensor(y).long(), y.shape[1], average="micro")
+        assert of1 == pytest.approx(float(theirs), abs=1e-6)
+    if cp is not None:
+        cr = recall_score(y[:, seen], chosen[:, seen], average=None).mean()
+        assert cf1 == pytest.approx(2 * cp * cr / (cp + cr) if cp + cr else 0, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(tables, st.sampled_from([1, 4, 10, 15]))
+def test_ece_at_edges_of_bins(table, bins):
+    "A loop over the definition: bins closed below, the last one closed above too."
+    probs, y = table[0].ravel(), table[1].ravel()
+    edges, expected = np.arange(bins + 1) / bins, 0.0
+    for k in range(bins):
+        inside = (probs >= edges[k]) & ((probs < edges[k + 1]) if k < bins - 1 else (probs <= 1))
+        if inside.any():
+            expected += inside.mean() * abs(probs[inside].mean() - y[inside].mean())
+    assert ece(probs, y, bins=bins) == pytest.approx(expected, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_recall_at_k_is_torchmetrics_hit_rate(seed, per_picture):
+    rng = np.random.default_rng(seed)
+    ids, captions = np.arange(12), np.repeat(np.arange(12), per_picture)
+    sim = rng.standard_normal((12, len(captions)))
+    for similarity, query, gallery in ((sim, ids, captions), (sim.T, captions, ids)):
+        for k, value in recall_at_k(similarity, query, gallery, ks=(1, 5, 10)).items():
+            theirs = [float(retrieval_hit_rate(torch.tensor(row), torch.tensor(gallery == q), top_k=min(k, len(gallery)))) for row, q in zip(similarity, query)]
+            assert value == pytest.approx(np.mean(theirs))
 
 
 def test_map_is_torchmetrics_and_scikit_learns():
