@@ -63,7 +63,7 @@ class FusionHead(nn.Module):
     def complete(self, img:Tensor|None, txt:Tensor|None, mask:Tensor|None) -> tuple[Tensor|None, Tensor|None, Tensor|None]:
         "Tokens with the stand-in wherever a modality that this head reads is missing."
         if img is None and txt is None: raise MmfuseError("neither a picture nor a caption: a head needs one of them")
-        b = len(txt) if img is None else len(img)
+        b = (txt if img is None else img).shape[0]
         for name, x, d in (("image", img, self.d_image), ("text", txt, self.d_text)):
             if x is not None and (x.ndim != 3 or x.shape[-1] != d): raise MmfuseError(f"{name} tokens are {tuple(x.shape)}, expected (B, n, {d})")
         if "image" not in self.reads: img = None
@@ -71,9 +71,8 @@ class FusionHead(nn.Module):
         if "text" not in self.reads: return img, None, None
         if txt is None: return img, self.no_text.expand(b, 1, -1), self.no_text.new_ones(b, 1).bool()  # (B, 1, Dt)
         mask = torch.ones(txt.shape[:2], dtype=torch.bool, device=txt.device) if mask is None else mask.bool()
-        empty = ~mask.any(1, keepdim=True)  # (B, 1)
-        first = torch.where(empty, self.no_text, txt[:, 0])  # (B, Dt)
-        return img, torch.cat([first[:, None], txt[:, 1:]], 1), torch.cat([mask[:, :1] | empty, mask[:, 1:]], 1)
+        here = ~mask.any(1, keepdim=True) & (torch.arange(txt.shape[1], device=txt.device) == 0)  # (B, T)
+        return img, torch.where(here[..., None], self.no_text, txt), mask | here
 
     def pooled(self, img:Tensor|None, txt:Tensor|None, mask:Tensor|None) -> tuple[Tensor|None, Tensor|None]:
         "Standardized vectors: the image's (B, Di), the text's (B, Dt); None for what this head does not read."

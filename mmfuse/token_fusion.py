@@ -122,9 +122,9 @@ class BottleneckHead(TokenHead):
     def forward(self, img:Tensor|None, txt:Tensor|None=None, mask:Tensor|None=None,
     ) -> Tensor: # (B, C)
         img, txt, mask = self.projected(img, txt, mask)
-        shared = self.bottleneck.expand(len(img), -1, -1)  # (B, K, D)
+        shared = self.bottleneck.expand(img.shape[0], -1, -1)  # (B, K, D)
         k, last = shared.shape[1], len(self.layers) - 1
-        mask = torch.cat([mask.new_ones(len(mask), k), mask], 1)  # (B, K + T)
+        mask = torch.cat([mask.new_ones(mask.shape[0], k), mask], 1)  # (B, K + T)
         for i, (see, read) in enumerate(self.layers):
             places, words = (torch.cat([shared, x], 1) for x in (img, txt))  # (B, K + P|T, D)
             asking = (shared, shared) if i == last else (places, words)
@@ -206,7 +206,7 @@ class LabelQueryHead(TokenHead):
     ) -> Tensor: # (B, C) or (B, C')
         "What the queries find, without the residual."
         tokens, mask = self.tokens(img, txt, mask)
-        asking = self.queries(names).expand(len(tokens), -1, -1)  # (B, C, D)
+        asking = self.queries(names).expand(tokens.shape[0], -1, -1)  # (B, C, D)
         return self.out(self.norm(self.block(asking, tokens, mask))).squeeze(-1)
 
     def answer(self, img:Tensor|None, txt:Tensor|None, mask:Tensor|None,
