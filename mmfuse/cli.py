@@ -205,12 +205,17 @@ def train(
     clip: Annotated[Optional[float], typer.Option(help="largest norm of the gradient; 0: any (0)")] = None,
     ema: Annotated[Optional[float], typer.Option(help="decay a step of averaged weights; 0: no average (0)")] = None,
     patience: Annotated[Optional[int], typer.Option(help="epochs without a better validation mAP before it ends; 0: all epochs (0)")] = None,
-    precision: Annotated[Optional[str], typer.Option(help="fp32 or bf16 (fp32)")] = None,
+    precision: Annotated[Optional[str], typer.Option(help="fp32, bf16, or fp16 on a GPU (fp32)")] = None,
     seed: Annotated[Optional[int], typer.Option(help="what everything random begins from (0)")] = None,
+    end_to_end: Annotated[Optional[bool], typer.Option("--end-to-end", help="train the encoders too, from pictures and captions")] = None,
+    head_epochs: Annotated[Optional[int], typer.Option(help="end to end: epochs in which the head learns alone (1)")] = None,
+    encoder_lr: Annotated[Optional[float], typer.Option(help="end to end: the encoders' rate, as a share of the head's (0.1)")] = None,
+    workers: Annotated[Optional[int], typer.Option(help="end to end: processes that decode pictures (2)")] = None,
     save_seconds: Annotated[Optional[float], typer.Option(help="between two checkpoints in an epoch; 0: after every step (5)")] = None,
+    keep: Annotated[Optional[int], typer.Option(help="checkpoints of the last epochs that are kept (2)")] = None,
     cache_dir: CacheDir = None,
 ):
-    "Train one head, in a folder from which it goes on after anything."
+    "Train a head, or everything end to end, in a folder from which it goes on after anything."
     given = {k: v for k, v in locals().items() if k not in ("out", "resume", "config", "data", "cache_dir")}
     from mmfuse.settings import check_run, read_settings
     settings = read_settings(config, data=str(data.resolve()) if data else None, **given)
@@ -250,3 +255,6 @@ def main(
         if not isinstance(e, MmfuseError) and not hasattr(e, "format_message"): raise
     print(f"mmfuse: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+# %% ../nbs/appendix/cli.ipynb #74fa5282
+if __name__ == "__main__" and "__file__" in globals(): main()  # not in a notebook

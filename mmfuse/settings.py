@@ -36,17 +36,23 @@ class Settings:
     clip:float = 0.0 # largest norm of the gradient; 0: any
     ema:float = 0.0 # decay a step of the averaged weights that are judged and saved; 0: no average
     patience:int = 0 # epochs without a better validation mAP before it ends; 0: all epochs
-    precision:str = "fp32" # or bf16
+    precision:str = "fp32" # or bf16, or fp16 on a GPU
     seed:int = 0 # what everything random begins from
+    end_to_end:bool = False # train the encoders too, from pictures and captions
+    head_epochs:int = 1 # end to end: epochs in which the head learns alone, before the encoders join
+    encoder_lr:float = 0.1 # end to end: the rate of the encoders' last blocks, as a share of the head's
+    workers:int = 2 # end to end: processes that decode pictures
     save_seconds:float = 5.0 # between two checkpoints in an epoch; 0: after every step
+    keep:int = 2 # checkpoints of the last epochs that are kept
 
     def __post_init__(self):
         for f, kind in get_type_hints(Settings).items(): object.__setattr__(self, f, _typed(f, getattr(self, f), kind))
-        if self.precision not in ("fp32", "bf16"): raise MmfuseError(f"'precision' is fp32 or bf16, not '{self.precision}'")
+        if self.precision not in ("fp32", "bf16", "fp16"): raise MmfuseError(f"'precision' is fp32, bf16 or fp16, not '{self.precision}'")
 
 # %% ../nbs/appendix/settings.ipynb #5e830063
 _RANGE = dict(width=(1, 1e6), epochs=(1, 1e9), lr=(0, 1e9), weight_decay=(0, 1e9), batch_size=(1, 1e9), accumulate=(1, 1e6), modality_dropout=(0, 1),
-              clip=(0, 1e9), ema=(0, 0.999999), patience=(0, 1e9), seed=(0, 2**63 - 1), save_seconds=(0, 1e9))
+              clip=(0, 1e9), ema=(0, 0.999999), patience=(0, 1e9), seed=(0, 2**63 - 1), head_epochs=(0, 1e9), encoder_lr=(0, 1e3), workers=(0, 256),
+              save_seconds=(0, 1e9), keep=(0, 1e6))
 def _typed(name:str, value, kind): # the value
     "A setting's value, a whole number as a float where a float is wanted; `MmfuseError` if it has another type or is out of range."
     if kind is float and type(value) is int: value = float(value)
@@ -74,7 +80,7 @@ def read_settings(
     return Settings(**values | {k: v for k, v in flags.items() if v is not None})
 
 # %% ../nbs/appendix/settings.ipynb #baa9e5b9
-_FREE = ("save_seconds",)
+_FREE = ("save_seconds", "keep", "workers")
 def check_run(
     out:Path, # the run's folder
     settings:Settings, # what is asked for
@@ -89,8 +95,8 @@ def check_run(
     try: old = dict(json.loads(config.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as e: raise MmfuseError(f"'{config}' is damaged ({e}): choose another --out") from None
     for name, new in asdict(settings).items():
-        if name not in _FREE and old.get(name) != new:
-            raise MmfuseError(f"'{out}' was begun with {name} = {old.get(name)}, not {new}: go on with the old value, or choose another --out")
+        was = old.get(name, getattr(Settings, name))  # a field that did not exist yet had its default
+        if name not in _FREE and was != new: raise MmfuseError(f"'{out}' was begun with {name} = {was}, not {new}: go on with the old value, or choose another --out")
     return True
 
 # %% ../nbs/appendix/settings.ipynb #ff3a1104
