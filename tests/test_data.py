@@ -61,6 +61,32 @@ def test_it_agrees_with_pycocotools_and_torchvision(root):
         assert abs(difference).max() <= 3
 
 
+def test_all_three_read_every_kind_of_picture(tmp_path):
+    "Grey, CMYK, palette, PNG, WebP, GIF, by their file_name; no info, no licenses, no segmentation."
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (4, 6, 3), np.uint8)).resize((60, 40), Image.Resampling.BICUBIC)
+    kinds = {"a.jpg": "RGB", "grey.jpg": "L", "cmyk.jpg": "CMYK", "p.png": "P", "b.png": "RGB", "c.webp": "RGB", "d.gif": "P", "sub/e.PNG": "L"}
+    (tmp_path / "val2017" / "sub").mkdir(parents=True)
+    (tmp_path / "annotations").mkdir()
+    for name, mode in kinds.items():
+        picture.convert(mode).save(tmp_path / "val2017" / name)
+    images = [dict(id=10 - n, file_name=name, width=60, height=40) for n, name in enumerate(kinds)]
+    boxes = [dict(id=n, image_id=10 - n, category_id=18, bbox=[1, 1, 9, 9], area=81, iscrowd=n % 2) for n in range(len(kinds))]
+    said = [dict(id=n, image_id=10 - n // 2, caption=f"sentence {n}") for n in range(2 * len(kinds))]
+    files = dict(instances=dict(images=images, annotations=boxes, categories=[dict(id=18, name="dog")]), captions=dict(images=images, annotations=said))
+    for kind, content in files.items():
+        (tmp_path / "annotations" / f"{kind}_val2017.json").write_text(json.dumps(content))
+    ours = CocoPairs(tmp_path, "val2017")
+    theirs = COCO(str(tmp_path / "annotations" / "instances_val2017.json"))
+    pairs = CocoCaptions(str(tmp_path / "val2017"), str(tmp_path / "annotations" / "captions_val2017.json"))
+    assert sorted(ours.image_ids) == pairs.ids == sorted(theirs.getImgIds(catIds=[18])) and len(ours) == len(kinds)
+    for n, image_id in enumerate(ours.image_ids):
+        shown, captions = pairs[pairs.ids.index(image_id)]
+        assert ours[n].captions == captions and theirs.loadImgs(image_id)[0]["file_name"] == images[n]["file_name"]
+        difference = np.asarray(shown, int) - ours[n].image.permute(1, 2, 0).numpy().astype(int)
+        assert abs(difference).max() <= 4, images[n]
+
+
 def test_it_agrees_on_real_pictures(real_coco):
     ours = CocoPairs(real_coco, "val2017")
     theirs = COCO(str(real_coco / "annotations" / "instances_val2017.json"))
@@ -69,6 +95,10 @@ def test_it_agrees_on_real_pictures(real_coco):
     for n in range(0, len(ours), 50):
         found = {a["category_id"] for a in theirs.loadAnns(theirs.getAnnIds(imgIds=ours.image_ids[n]))}
         assert found == {ours.category_ids[c] for c in ours.labels[n].nonzero().flatten()}
+    pairs = CocoCaptions(str(real_coco / "val2017"), str(real_coco / "annotations" / "captions_val2017.json"))
+    said = {i: sorted(a["caption"] for a in pairs.coco.imgToAnns[i]) for i in pairs.ids}
+    assert [sorted(five) for five in ours.captions] == [said[i] for i in ours.image_ids]
+    assert ours.left_out == {"without a caption": 0, "without a label": 3, "cannot be decoded": 0}
 
 
 def test_mention_rates_on_real_captions(real_coco):
@@ -90,9 +120,17 @@ def test_order_of_classes_captions_and_pictures(make):
 
 def test_unlabelled_pictures_are_kept_on_request(make):
     ds = CocoPairs(make(), "val2017", keep_unlabelled=True)
-    assert ds.image_ids == [3, 7, 9] and ds.labels[2].sum() == 0
+    assert ds.image_ids == [3, 7, 9] and ds.labels[2].sum() == 0 and not any(ds.left_out.values())
     captions = [dict(id=1, image_id=3, caption="first")]
     assert CocoPairs(make(None, {"annotations": captions}), "val2017", keep_unlabelled=True).image_ids == [3]
+
+
+def test_what_is_left_out_is_counted(make):
+    root = make(None, dict(annotations=[dict(id=1, image_id=7, caption="a man"), dict(id=2, image_id=9, caption="nothing")]))
+    ds = CocoPairs(root, "val2017")
+    assert ds.image_ids == [7] and ds.left_out == {"without a caption": 1, "without a label": 1, "cannot be decoded": 0}
+    assert repr(ds) == "CocoPairs(val2017: 1 pictures, 2 classes; left out: 1 without a caption, 1 without a label)"
+    assert "left out: nothing" in repr(CocoPairs(make(), "val2017", keep_unlabelled=True))
 
 
 IMAGE = dict(id=3, file_name="3.jpg")
@@ -112,6 +150,13 @@ IMAGE = dict(id=3, file_name="3.jpg")
     (dict(annotations=[dict(image_id=3)]), None, ["annotations[0] has no 'category_id'"]),
     (None, dict(annotations=[dict(id=5, image_id=4, caption="a")]), ["caption 5", "picture 4"]),
     (None, dict(annotations=[dict(id=5, image_id=3, caption=None)]), ["'caption' is None"]),
+    (dict(annotations=[dict(id=5, image_id=3, category_id=1), dict(id=5, image_id=7, category_id=1)]), None, ["instances_val2017.json", "annotations has the id 5 more than once"]),
+    (None, dict(annotations=[dict(id=5, image_id=3, caption="a"), dict(id=5, image_id=7, caption="b")]), ["captions_val2017.json", "annotations has the id 5 more than once"]),
+    (None, dict(images=[IMAGE, IMAGE]), ["captions_val2017.json", "images has the id 3 more than once"]),
+    (None, dict(annotations=[dict(image_id=3, caption="a")]), ["captions_val2017.json", "annotations[0] has no 'id'"]),
+    (dict(categories=[dict(id=1)]), None, ["categories[0] has no 'name'"]),
+    ('{"images": [], "annotations": []}', None, ["no key 'categories'"]), ('{"images": [], "categories": []}', None, ["no key 'annotations'"]),
+    (None, '{"annotations": []}', ["captions_val2017.json", "no key 'images'"]),
 ])
 def test_wrong_files_are_refused_in_one_line(make, instances, captions, words):
     with pytest.raises(CocoError) as error:
@@ -132,11 +177,13 @@ def test_a_file_name_cannot_climb_out(make, name):
 def break_it(path, how):
     data = path.read_bytes()
     path.unlink()
-    if how != "missing":
+    if how == "folder":
+        path.mkdir()
+    elif how != "missing":
         path.write_bytes({"empty": b"", "text": b"no picture", "half": data[: len(data) // 2], "end": data[:-2]}[how])
 
 
-@pytest.mark.parametrize("how", ["missing", "empty", "text", "half", "end"])
+@pytest.mark.parametrize("how", ["missing", "empty", "text", "half", "end", "folder"])
 def test_a_broken_picture_names_its_id_and_file(make, how):
     root = make()
     break_it(root / "val2017" / "3.jpg", how)
@@ -148,6 +195,7 @@ def test_a_broken_picture_names_its_id_and_file(make, how):
     with pytest.warns(UserWarning, match="1 of 2 pictures"):
         kept = CocoPairs(root, "val2017", on_error="skip")
     assert kept.image_ids == [7] and kept.labels.shape == (1, 2) and kept.skipped[0][0] == 3
+    assert kept.left_out == {"without a caption": 0, "without a label": 1, "cannot be decoded": 1} and "1 cannot be decoded" in repr(kept)
 
 
 def test_nothing_is_skipped_where_nothing_is_broken(make, recwarn):
@@ -183,7 +231,7 @@ def test_workers_can_have_it(root, method):
     assert [s.image_id for s in loader] == ds.image_ids
 
 
-@pytest.mark.parametrize("mode, name", [("L", "a.jpg"), ("CMYK", "a.jpg"), ("L", "a.png"), ("RGBA", "a.png"), ("LA", "a.png"), ("1", "a.png"), ("RGB", "a.webp"), ("RGB", "a.gif")])
+@pytest.mark.parametrize("mode, name", [("L", "a.jpg"), ("CMYK", "a.jpg"), ("P", "a.png"), ("L", "a.png"), ("RGBA", "a.png"), ("LA", "a.png"), ("1", "a.png"), ("RGB", "a.webp"), ("RGB", "a.gif")])
 def test_every_mode_becomes_three_channels(tmp_path, mode, name):
     picture = Image.fromarray(np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (48, 1))).convert("RGB")
     picture.convert(mode).save(tmp_path / name)
@@ -418,6 +466,13 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path, name):
     assert Image.open(tmp_path / name).n_frames == 3
     image = decode_image(tmp_path / name)
     assert image.shape == (3, 8, 12) and abs(image.float() - 200).max() < 4
+
+
+def test_a_message_is_one_line_whatever_a_file_is_called(make):
+    root = make(dict(images=[dict(id=3, file_name="two\nlines.jpg")], annotations=[dict(image_id=3, category_id=1)]), dict(annotations=[dict(id=1, image_id=3, caption="a")]))
+    with pytest.raises(CocoError, match=r"picture 3: cannot read the picture '.*two\\nlines.jpg'") as error:
+        CocoPairs(root, "val2017")[0]
+    assert "\n" not in str(error.value)
 
 
 def test_pictures_of_every_kind_are_read_by_their_file_name(make):
