@@ -111,7 +111,8 @@ def rejects(
 ) -> Refused:
     "Assert that none of the answers is right, and show what is said of each."
     verdicts = [check(*(a if isinstance(a, tuple) else (a,))) for a in answers]
-    names = [getattr(a, "__name__", None) or repr(a) for a in answers]
+    def name(a): return ", ".join(map(name, a)) if isinstance(a, tuple) else getattr(a, "__name__", None) or repr(a)
+    names = list(map(name, answers))
     wrong = [n for n, v in zip(names, verdicts) if v.right]
     assert not wrong, f"{check.__name__} accepts {', '.join(wrong)}"
     return Refused((n, v.text) for n, v in zip(names, verdicts))
