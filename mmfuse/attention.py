@@ -16,7 +16,7 @@ from .files import MmfuseError
 
 # %% ../nbs/04_attention.ipynb #c6fb365f
 def _over_scores(
-    mask:Tensor, # bool (K,) or (B, K): which keys are real; or (..., Q, K): which key each query may read
+    mask:Tensor, # bool (K,) or (B, K): real keys; or (..., Q, K): which key each query may read
     q:Tensor, # (..., Q, D)
     k:Tensor, # (..., K, D)
 ) -> Tensor: # bool, broadcasts over scores (..., Q, K)
@@ -40,7 +40,7 @@ def attention_weights(
     k:Tensor, # keys (..., K, D)
     mask:Tensor|None=None, # bool (K,), (B, K) or (..., Q, K), True = a real token
 ) -> Tensor: # (..., Q, K): each row adds up to 1, or is zero if its query may read nothing
-    "How much of each key each query takes: $\\mathrm{softmax}(q k^\\top/\\sqrt{D})$ over the real keys."
+    "How much of each key each query takes: $\\mathrm{softmax}(q k^\\top/\\sqrt{D})$, real keys only."
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., Q, K)
     if mask is None: return scores.softmax(-1)
     mask = _over_scores(mask, q, k)
@@ -140,7 +140,7 @@ class MultiHeadAttention(nn.Module):
 # %% ../nbs/04_attention.ipynb #e6d687cf
 @torch.no_grad()
 def from_torch(
-    other:nn.MultiheadAttention, # made with `batch_first=True`, without `add_bias_kv` and `add_zero_attn`
+    other:nn.MultiheadAttention, # `batch_first=True`, without `add_bias_kv`, `add_zero_attn`
 ) -> MultiHeadAttention: # the same function with the same weights, copied
     "PyTorch's attention as ours."
     if other.bias_k is not None or other.add_zero_attn:

@@ -29,8 +29,10 @@ from .files import MmfuseError
 # %% ../nbs/appendix/hub.ipynb #91f7920e
 def first_line(e:BaseException) -> str: # at most 160 characters
     "The first line of an error that says something."
-    if isinstance(e, pickle.UnpicklingError): return "a pickle that is cut short or holds more than tensors, which could run any program"
-    line = next((x.strip().rstrip(".:") for x in str(e).splitlines() if x.strip()), type(e).__name__)
+    if isinstance(e, pickle.UnpicklingError):
+        return "a pickle that is cut short or holds more than tensors, which could run any program"
+    lines = (x.strip().rstrip(".:") for x in str(e).splitlines() if x.strip())
+    line = next(lines, type(e).__name__)
     return line if len(line) <= 160 else line[:157] + "..."
 
 # %% ../nbs/appendix/hub.ipynb #1b9ed829
@@ -38,9 +40,13 @@ def read_weights(
     path:Path, # safetensors, or a PyTorch file
 ) -> dict[str, Tensor]: # a state dict
     "Tensors from a file that can hold nothing else; a damaged or hostile one is named."
-    try: return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-        raise MmfuseError(f"'{path}' is damaged or unsafe ({first_line(e)}): delete it and get it again") from None
+    try:
+        if path.suffix == ".safetensors": return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError,
+            TypeError, AttributeError, OSError) as e:
+        raise MmfuseError(f"'{path}' is damaged or unsafe ({first_line(e)}): delete it and get it "
+                          "again") from None
 
 # %% ../nbs/appendix/hub.ipynb #a126fdb5
 def load_weights(
@@ -50,12 +56,16 @@ def load_weights(
 ) -> nn.Module: # the same
     "Put weights into a model; `MmfuseError` if one lacks, is too many or has another shape."
     state = read_weights(path) if state is None else state
-    for k, x in state.items(): state[k] = x.float() if x.is_floating_point() else x  # in place: versions of modules are kept
+    for k, x in state.items():
+        state[k] = x.float() if x.is_floating_point() else x  # in place: keeps modules' versions
     try: found = model.load_state_dict(state, strict=False)
-    except RuntimeError as e: raise MmfuseError(f"'{path}' holds weights of other shapes ({first_line(e)}): the wrong file?") from None
+    except RuntimeError as e:
+        raise MmfuseError(f"'{path}' holds weights of other shapes ({first_line(e)}): the wrong "
+                          "file?") from None
     missing = [k for k in found.missing_keys if not k.endswith("num_batches_tracked")]
     if missing: raise MmfuseError(f"'{path}' lacks '{missing[0]}': the wrong file?")
-    if found.unexpected_keys: raise MmfuseError(f"'{path}' has an unknown '{found.unexpected_keys[0]}': the wrong file?")
+    if found.unexpected_keys:
+        raise MmfuseError(f"'{path}' has an unknown '{found.unexpected_keys[0]}': the wrong file?")
     return model
 
 # %% ../nbs/appendix/hub.ipynb #819efe91
@@ -72,12 +82,16 @@ def check_file(
     "Refuse a file that was cut short or changed, or that could be a program."
     blob = path.resolve().name  # the hub's cache links to files that are named by their SHA-256
     if re.fullmatch("[0-9a-f]{64}", blob) and sha256(path) != blob:
-        raise MmfuseError(f"'{path}' is damaged (its SHA-256 is not the hub's): delete it and get it again")
+        raise MmfuseError(f"'{path}' is damaged (its SHA-256 is not the hub's): delete it and get "
+                          "it again")
     if path.suffix != ".json": read_weights(path)
     else:
         try: content = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as e: raise MmfuseError(f"'{path}' is damaged ({first_line(e)}): delete it and get it again") from None
-        if not isinstance(content, dict): raise MmfuseError(f"'{path}' is damaged (no JSON object): delete it and get it again")
+        except (OSError, ValueError) as e:
+            why = first_line(e)
+            raise MmfuseError(f"'{path}' is damaged ({why}): delete it and get it again") from None
+        if not isinstance(content, dict):
+            raise MmfuseError(f"'{path}' is damaged (no JSON object): delete it and get it again")
 
 # %% ../nbs/appendix/hub.ipynb #c6a8d3b9
 def unreachable(
@@ -88,8 +102,10 @@ def unreachable(
     answer = [f"no answer in {seconds} s"]
     def ask():
         try:
-            with urlopen(Request(url, method="HEAD", headers={"User-Agent": "mmfuse"}), timeout=seconds): answer[0] = None
-        except HTTPError: answer[0] = None  # it answers: what is wrong comes out when the file is fetched
+            head = Request(url, method="HEAD", headers={"User-Agent": "mmfuse"})
+            with urlopen(head, timeout=seconds): answer[0] = None
+        except HTTPError:
+            answer[0] = None  # it answers: what is wrong comes out when the file is fetched
         except Exception as e: answer[0] = first_line(getattr(e, "reason", e))
     thread = Thread(target=ask, daemon=True)
     thread.start()
@@ -106,26 +122,35 @@ def hashed_file(
     prefix = path.stem.rsplit("-", 1)[-1]
     if not path.is_file():
         why = unreachable(url)
-        if why: raise MmfuseError(f"no weights of '{name}' in '{path.parent}' ($TORCH_HOME), and {urlsplit(url).netloc} cannot be reached ({why}): "
+        if why:
+            raise MmfuseError(f"no weights of '{name}' in '{path.parent}' ($TORCH_HOME), and "
+                              f"{urlsplit(url).netloc} cannot be reached ({why}): "
                                   f"connect, put '{path.name}' there, or choose tiny or efficientnet_lite0")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=True)
-        except (OSError, RuntimeError) as e: raise MmfuseError(f"cannot get the weights of '{name}' from {url}: {first_line(e)}") from None
+        except (OSError, RuntimeError) as e:
+            why = first_line(e)
+            raise MmfuseError(f"cannot get the weights of '{name}' from {url}: {why}") from None
     digest = sha256(path)
-    if not digest.startswith(prefix): raise MmfuseError(f"'{path}' is damaged (its SHA-256 begins {digest[:8]}, not {prefix}): delete it and get it again")
+    if not digest.startswith(prefix):
+        raise MmfuseError(f"'{path}' is damaged (its SHA-256 begins {digest[:8]}, not {prefix}): "
+                          "delete it and get it again")
     return path
 
 # %% ../nbs/appendix/hub.ipynb #66b74202
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
+           "pytorch_model.bin", "pytorch_model.bin.index.json")
 def parts(
     index:Path, # weights, or the index of weights in several files
 ) -> list[str]: # names of files
     "The files that hold the weights."
-    return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.suffix == ".json" else [index.name]
+    if index.suffix != ".json": return [index.name]
+    return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
 
 # %% ../nbs/appendix/hub.ipynb #0c168ea5
-def _snapshot(repo:str, need:list[tuple[str, ...]], want:tuple[str, ...], revision:str|None, local:bool) -> Path:
+def _snapshot(repo:str, need:list[tuple[str, ...]], want:tuple[str, ...], revision:str|None,
+              local:bool) -> Path:
     "The folder that holds one file of each group in `need`, and those of `want` that exist."
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -136,7 +161,8 @@ def _snapshot(repo:str, need:list[tuple[str, ...]], want:tuple[str, ...], revisi
     found = [next((p for p in map(get, group) if p), None) for group in need]
     if None in found:
         if local: raise LocalEntryNotFoundError("incomplete")
-        raise MmfuseError(f"the repository '{repo}' has no {' or '.join(need[found.index(None)][:2])}: choose another encoder")
+        raise MmfuseError(f"the repository '{repo}' has no "
+                          f"{' or '.join(need[found.index(None)][:2])}: choose another encoder")
     for name in [*want, *(p for f in found if f.name.endswith(".index.json") for p in parts(f))]:
         if get(name) is None and name not in want: raise LocalEntryNotFoundError(name)
     return found[0].parent
@@ -151,18 +177,25 @@ def hub_folder(
     revision:str|None=None, # a commit, a tag or a branch
     instead:str="a folder", # what to choose if there is no network
 ) -> Path: # a folder in `$HF_HOME`
-    "Files of a model on the hub: local files first; then the hub (or the mirror `$HF_ENDPOINT`), once."
+    "Files of a model on the hub: local first; then the hub (or the mirror `$HF_ENDPOINT`), once."
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     try: return _snapshot(repo, need, want, revision, local=True)
-    except HFValidationError: raise MmfuseError(f"no encoder '{name}': neither a folder nor an id of Hugging Face; choose {instead}") from None
+    except HFValidationError:
+        raise MmfuseError(f"no encoder '{name}': neither a folder nor an id of Hugging Face; "
+                          f"choose {instead}") from None
     except LocalEntryNotFoundError: pass
     missing = f"no encoder '{name}' in the local cache ($HF_HOME)"
-    if constants.HF_HUB_OFFLINE: raise MmfuseError(f"{missing}, and HF_HUB_OFFLINE is set: unset it, or choose {instead}")
+    if constants.HF_HUB_OFFLINE:
+        raise MmfuseError(f"{missing}, and HF_HUB_OFFLINE is set: unset it, or choose {instead}")
     why = unreachable(hf_hub_url(repo, need[0][0], revision=revision))
-    if why: raise MmfuseError(f"{missing}, and {constants.ENDPOINT} cannot be reached ({why}): connect, set HF_ENDPOINT, or choose {instead}")
+    if why:
+        raise MmfuseError(f"{missing}, and {constants.ENDPOINT} cannot be reached ({why}): "
+                          f"connect, set HF_ENDPOINT, or choose {instead}")
     try: return _snapshot(repo, need, want, revision, local=False)
-    except OSError as e: raise MmfuseError(f"cannot get the encoder '{name}' from {constants.ENDPOINT}: {first_line(e)}; choose {instead}") from None
+    except OSError as e:
+        raise MmfuseError(f"cannot get the encoder '{name}' from {constants.ENDPOINT}: "
+                          f"{first_line(e)}; choose {instead}") from None
 
 # %% ../nbs/appendix/hub.ipynb #f5813d79
 @contextmanager

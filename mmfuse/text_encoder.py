@@ -126,7 +126,8 @@ class TextEncoder(nn.Module):
     ) -> Tensor: # (B, T, D), zeros where the mask is False
         if mask is None: mask = torch.ones_like(input_ids, dtype=torch.bool)
         _check_ids(input_ids, mask, self.max_length, self.name)
-        out = self.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state  # (B, T, D)
+        out = self.model(input_ids=input_ids, attention_mask=mask.long())
+        out = out.last_hidden_state  # (B, T, D)
         return torch.where(mask.bool().unsqueeze(-1), out, 0)
 
     def freeze(self) -> "TextEncoder": # itself
@@ -160,9 +161,11 @@ class TextEncoder(nn.Module):
 def _check_ids(ids:Tensor, mask:Tensor, longest:int, name:str):
     "Refuse what is no batch of token ids, or longer than the encoder."
     if ids.ndim != 2 or mask.shape != ids.shape:
-        raise MmfuseError(f"expected ids and mask (B, T), got {tuple(ids.shape)} and {tuple(mask.shape)}")
+        raise MmfuseError(f"expected ids and mask (B, T), got {tuple(ids.shape)} and "
+                          f"{tuple(mask.shape)}")
     if ids.shape[1] > longest:
-        raise MmfuseError(f"{ids.shape[1]} tokens are more than the {longest} of '{name}': cut the captions")
+        raise MmfuseError(f"{ids.shape[1]} tokens are more than the {longest} of '{name}': cut "
+                          "the captions")
 
 # %% ../nbs/03_text_encoder.ipynb #928d9ce5
 @torch.no_grad()
@@ -198,7 +201,8 @@ REVISIONS = {
 }
 
 # %% ../nbs/03_text_encoder.ipynb #659e3c18
-_TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+_TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model",
+              "sentencepiece.bpe.model")
 _MORE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 def _from_hub(name:str, pretrained:bool) -> Path: # a folder in the local cache
     "The files that an encoder needs and no others, of a pinned revision where one is known."
@@ -260,9 +264,11 @@ def _from_folder(folder:Path, name:str, pretrained:bool) -> TextEncoder:
     try:
         with quiet(): tokenizer, model, lost = _auto(folder, pretrained)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as e:
-        raise MmfuseError(f"cannot load text encoder '{name}' from '{folder}': {first_line(e)}") from None
+        why = first_line(e)
+        raise MmfuseError(f"cannot load text encoder '{name}' from '{folder}': {why}") from None
     if lost:
-        raise MmfuseError(f"'{weights}' lacks {len(lost)} of the tensors of '{name}', '{lost[0]}' first: the wrong file?")
+        raise MmfuseError(f"'{weights}' lacks {len(lost)} of the tensors of '{name}', '{lost[0]}' "
+                          "first: the wrong file?")
     return TextEncoder(_text_part(model), tokenizer, name)
 
 # %% ../nbs/03_text_encoder.ipynb #765379cf
@@ -279,7 +285,8 @@ def _tiny(folder:Path, pretrained:bool) -> TextEncoder:
     if pretrained:
         try: model.load_state_dict({k: x.float() for k, x in read_weights(weights).items()})
         except RuntimeError as e:
-            raise MmfuseError(f"'{weights}' does not fit '{vocab.name}' ({first_line(e)}): install mmfuse again") from None
+            raise MmfuseError(f"'{weights}' does not fit '{vocab.name}' ({first_line(e)}): "
+                              "install mmfuse again") from None
     return TextEncoder(model, tokenizer, "tiny")
 
 # %% ../nbs/03_text_encoder.ipynb #0fa51c6b

@@ -86,7 +86,8 @@ def tower_recipe(
     size, cut = _side(saved.get("size")), _side(saved.get("crop_size")) if saved.get("do_center_crop") else None
     squash = not cut and isinstance(saved.get("size"), dict) and "height" in saved["size"]
     recipe.update(size=cut or size or recipe["size"], resize=size, crop=not squash)
-    if "image_mean" in saved: recipe.update(mean=tuple(saved["image_mean"]), std=tuple(saved["image_std"]))
+    if "image_mean" in saved:
+        recipe.update(mean=tuple(saved["image_mean"]), std=tuple(saved["image_std"]))
     if saved.get("do_normalize") is False: recipe.update(mean=(0.0,) * 3, std=(1.0,) * 3)
     how = {0: "NEAREST", 2: "BILINEAR"}.get(saved.get("resample"), "BICUBIC")
     return recipe | {"interpolation": InterpolationMode[how]}
@@ -102,9 +103,12 @@ def _auto_model(folder:Path, name:str, pretrained:bool) -> tuple[nn.Module, obje
             if not pretrained: return AutoModel.from_config(config), config
             model, info = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True, **safe)
         except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as e:
-            raise MmfuseError(f"cannot load image encoder '{name}' from '{folder}': {first_line(e)}") from None
+            raise MmfuseError(f"cannot load image encoder '{name}' from '{folder}': "
+                              f"{first_line(e)}") from None
     lost = sorted(k for k in info["missing_keys"] if "pooler" not in k and "text_model" not in k)
-    if lost: raise MmfuseError(f"'{folder}' lacks {len(lost)} of the tensors of '{name}', '{lost[0]}' first: the wrong file?")
+    if lost:
+        raise MmfuseError(f"'{folder}' lacks {len(lost)} of the tensors of '{name}', '{lost[0]}' "
+                          "first: the wrong file?")
     return model, config
 
 # %% ../nbs/appendix/towers.ipynb #c89612c9
@@ -115,14 +119,17 @@ def locate_tower(
     "Find a tower's files, and check them."
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if not name or name[0] in ".~/\\" or name.count("/") > 1: raise MmfuseError(f"no folder '{name}' to load an image encoder from")
+        if not name or name[0] in ".~/\\" or name.count("/") > 1:
+            raise MmfuseError(f"no folder '{name}' to load an image encoder from")
         repo, _, revision = name.partition("@")
         folder = hub_folder(name, repo, [("config.json",), *([WEIGHTS] if pretrained else [])], want=("preprocessor_config.json",),
                             revision=revision or REVISIONS.get(repo), instead="tiny, efficientnet_lite0 or a folder")
-    if not (folder / "config.json").is_file(): raise MmfuseError(f"'{folder}' holds no config.json: not a Hugging Face model")
+    if not (folder / "config.json").is_file():
+        raise MmfuseError(f"'{folder}' holds no config.json: not a Hugging Face model")
     check_file(folder / "config.json")
     weights = next((folder / w for w in WEIGHTS if (folder / w).is_file()), None)
-    if pretrained and not weights: raise MmfuseError(f"'{folder}' holds no weights ({WEIGHTS[0]} or {WEIGHTS[2]})")
+    if pretrained and not weights:
+        raise MmfuseError(f"'{folder}' holds no weights ({WEIGHTS[0]} or {WEIGHTS[2]})")
     for part in parts(weights) if pretrained else []: check_file(folder / part)
     return folder
 
@@ -136,9 +143,12 @@ def hf_trunk(
     folder = locate_tower(name, pretrained)
     model, config = _auto_model(folder, name, pretrained)
     recipe = tower_recipe(folder, config)
-    if size: recipe.update(size=size, resize=round((recipe.get("resize") or recipe["size"]) * size / recipe["size"]))
+    if size:
+        recipe.update(size=size, resize=round((recipe.get("resize") or recipe["size"]) * size / recipe["size"]))
     while hasattr(model, "vision_model"): model = model.vision_model
-    if model.main_input_name != "pixel_values": raise MmfuseError(f"'{name}' reads {model.main_input_name}, not pictures: choose another image encoder")
+    if model.main_input_name != "pixel_values":
+        raise MmfuseError(f"'{name}' reads {model.main_input_name}, not pictures: choose another "
+                          "image encoder")
     return Tower(model), recipe
 
 # %% ../nbs/appendix/towers.ipynb #c9d5d97a
@@ -172,7 +182,8 @@ def timm_trunk(
         close = difflib.get_close_matches(name, timm.list_models(), 1)
         raise MmfuseError(f"timm has no model '{name}'" + (f": did you mean 'timm:{close[0]}'?" if close else "; see timm.list_models()"))
     more = dict(pretrained_cfg_overlay=dict(file=str(_timm_file(name)))) if pretrained else {}
-    try: model = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **more)
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **more)
     except TypeError: model = timm.create_model(name, pretrained=pretrained, num_classes=0, **more)
     shown = timm.data.resolve_model_data_config(model)
     size = size or shown["input_size"][-1]
@@ -185,7 +196,9 @@ def _timm_file(name:str) -> Path:
     import timm
     config = timm.get_pretrained_cfg(name)
     repo = (config.hf_hub_id or "") if config else ""
-    if not repo: raise MmfuseError(f"timm has no weights for '{name}' on the hub: choose one of timm.list_pretrained()")
+    if not repo:
+        raise MmfuseError(f"timm has no weights for '{name}' on the hub: choose one of "
+                          "timm.list_pretrained()")
     if repo.endswith("/"): repo += f"{config.architecture}.{config.tag}"
     path = hub_folder(f"timm:{name}", repo, [("model.safetensors",)], instead="tiny or efficientnet_lite0") / "model.safetensors"
     check_file(path)

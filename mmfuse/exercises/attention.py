@@ -24,46 +24,57 @@ def check_whose_neighbours(
     "A patient's answer does not depend on the other patients, and is the attention's own."
     generator = torch.Generator().manual_seed(0)
     img, txt, others = torch.randn(3, 8, 32, generator=generator)
-    torch.manual_seed(0)
-    mha = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mha = nn.MultiheadAttention(32, 4, batch_first=True).eval()
     with torch.no_grad(): got = fuse(mha, img, txt)
     if got.shape != (8, 32): return f"expected (B, D) = (8, 32), got {tuple(got.shape)}"
     others = [torch.cat([x[:1], others[1:]]) for x in (img, txt)]
     with torch.no_grad(): moved = (got[0] - fuse(mha, *others)[0]).abs().max()
     if moved > 1e-5: return f"patient 0's answer moves by {moved:.2f} when its neighbours change"
-    with torch.no_grad(): want = mha(img[:1, None], txt[:1, None], txt[:1, None])[0]  # one patient, one token
-    if not torch.allclose(got[0], want[0, 0], atol=1e-5): return "patient 0's answer is not what `mha` gives for this patient alone"
+    with torch.no_grad():
+        want = mha(img[:1, None], txt[:1, None], txt[:1, None])[0]  # one patient, one token
+    if not torch.allclose(got[0], want[0, 0], atol=1e-5):
+        return "patient 0's answer is not what `mha` gives for this patient alone"
 
 # %% ../../nbs/solutions/04_attention.ipynb #0b1cd335
 @checks("04.2", "Somebody else's mask")
 def check_key_padding_mask(
-    key_padding_mask:Callable[[Tensor], Tensor], # the reader's: Hugging Face's mask (B, T) -> PyTorch's
+    key_padding_mask:Callable, # the reader's: Hugging Face's mask (B, T) -> PyTorch's
 ) -> str|None: # what is not right yet
     "With it, PyTorch's attention gives each caption what it gives that caption without padding."
-    torch.manual_seed(0)
-    mha, words = nn.MultiheadAttention(16, 2, batch_first=True).eval(), torch.randn(3, 5, 16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mha, words = nn.MultiheadAttention(16, 2, batch_first=True).eval(), torch.randn(3, 5, 16)
     lengths = 5, 2, 3
     theirs = torch.tensor([[1] * n + [0] * (5 - n) for n in lengths])
     mask = key_padding_mask(theirs)
-    if mask.dtype != torch.bool: return f"expected bool, got {mask.dtype}: a mask of numbers is added to the scores"
+    if mask.dtype != torch.bool:
+        return f"expected bool, got {mask.dtype}: a mask of numbers is added to the scores"
     with torch.no_grad(): got = mha(words[:, :1], words, words, key_padding_mask=mask)[0]
     for x, row, n in zip(words, got, lengths):
         with torch.no_grad(): alone = mha(x[None, :1], x[None, :n], x[None, :n])[0][0]
-        if not torch.allclose(row, alone, atol=1e-5): return f"a caption of {n} words in a batch of length 5 reads {'its padding' if n < 5 else 'nothing'}"
+        if not torch.allclose(row, alone, atol=1e-5):
+            return (f"a caption of {n} words in a batch of length 5 reads "
+                    f"{'its padding' if n < 5 else 'nothing'}")
 
 # %% ../../nbs/solutions/04_attention.ipynb #c5007bc4
 @checks("04.3", "A gate in disguise")
 def check_two_keys(
-    two_keys:Callable[[Tensor, Tensor, Tensor], Tensor], # the reader's: q (D,), k (2, D), v (2, Dv) -> (Dv,)
+    two_keys:Callable, # the reader's: q (D,), k (2, D), v (2, Dv) -> (Dv,)
 ) -> str|None: # what is not right yet
     "The same as `attend`, for scores of any size."
     generator = torch.Generator().manual_seed(0)
     for loud in (1., 1000.):
-        q, k, v = loud * torch.randn(5, generator=generator), torch.randn(2, 5, generator=generator), torch.randn(2, 3, generator=generator)
+        q, k, v = (torch.randn(s, generator=generator) for s in ((5,), (2, 5), (2, 3)))
+        q = q * loud
         got, want = two_keys(q, k, v), attend(q[None], k, v)[0]
         if got.shape != want.shape: return f"expected (Dv,) = (3,), got {tuple(got.shape)}"
-        if not got.isfinite().all(): return "scores in the thousands give NaN: an exponential overflows, a sigmoid does not"
-        if not torch.allclose(got, want, atol=1e-4): return f"{[round(x, 2) for x in got.tolist()]} instead of {[round(x, 2) for x in want.tolist()]}"
+        if not got.isfinite().all():
+            return "scores in the thousands give NaN: an exponential overflows, a sigmoid does not"
+        if not torch.allclose(got, want, atol=1e-4):
+            return (f"{[round(x, 2) for x in got.tolist()]} instead of "
+                    f"{[round(x, 2) for x in want.tolist()]}")
 
 # %% ../../nbs/solutions/04_attention.ipynb #e058aae0
 @checks("04.4", "Reading only backwards")
@@ -73,23 +84,29 @@ def check_causal(
     "Word i reads word j if j is real and not later."
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     got = causal(mask)
-    if got.shape != (2, 5, 5) or got.dtype != torch.bool: return f"expected bool (B, T, T) = (2, 5, 5), got {got.dtype} {tuple(got.shape)}"
+    if got.shape != (2, 5, 5) or got.dtype != torch.bool:
+        return f"expected bool (B, T, T) = (2, 5, 5), got {got.dtype} {tuple(got.shape)}"
     for b, i, j in torch.cartesian_prod(torch.arange(2), torch.arange(5), torch.arange(5)).tolist():
         want = j <= i and bool(mask[b, j])
         if bool(got[b, i, j]) == want: continue
-        kind = "padding" if not mask[b, j] else "later" if j > i else "earlier" if j < i else "the same word"
+        kind = "later" if j > i else "earlier" if j < i else "the same word"
+        if not mask[b, j]: kind = "padding"
         return f"word {i} {'may' if want else 'must not'} read word {j}, which is {kind}"
 
 # %% ../../nbs/solutions/04_attention.ipynb #f0495c11
 @checks("04.5", "What costs what")
 def check_cost(
-    cost:Callable, # the reader's: (words, places, width) -> (operations of the products, of the linear maps)
+    cost:Callable, # the reader's: (words, places, width) -> (the products', the maps' operations)
 ) -> str|None: # what is not right yet
     "Against PyTorch's own counter, on `MultiHeadAttention` by hand."
     for words, places, width in ((15, 196, 256), (7, 49, 64)):
         module, counter = MultiHeadAttention(width, 4), FlopCounterMode(display=False)
-        with torch.no_grad(), counter: module(torch.zeros(1, words, width), torch.zeros(1, places, width), need_weights=True)
+        with torch.no_grad(), counter:
+            module(torch.zeros(1, words, width), torch.zeros(1, places, width), need_weights=True)
         counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
         want = counted.pop("aten.bmm"), sum(counted.values())
-        for what, a, b in zip(("two products", "four maps"), cost(words, places, width), want, strict=True):
-            if a != b: return f"{words} words, {places} places, width {width}: the {what} take {b:,} operations, not {a:,}"
+        got, names = cost(words, places, width), ("two products", "four maps")
+        for what, a, b in zip(names, got, want, strict=True):
+            if a != b:
+                return (f"{words} words, {places} places, width {width}: the {what} take {b:,} "
+                        f"operations, not {a:,}")

@@ -18,17 +18,19 @@ from ..image_encoder import make_image_encoder, parameter_groups, to_tokens
 # %% ../../nbs/solutions/02_image_encoder.ipynb #5c97c32b
 @checks("02.1", "Find the bug: tokens by view")
 def check_tokens_by_view(
-    tokenize:Callable[[Tensor], Tensor], # the reader's function: a grid (B, D, h, w) to tokens (B, h*w, D)
+    tokenize:Callable, # the reader's: a grid (B, D, h, w) to tokens (B, h*w, D)
 ) -> str|None: # what is not right yet
     "Token `r*w + c` holds the D numbers of row r and column c."
     for shape in ((1, 2, 2, 3), (2, 3, 4, 4), (2, 8, 5, 3)):
         grid = torch.arange(float(torch.Size(shape).numel())).view(shape)
         got, want = tokenize(grid.clone()), to_tokens(grid)
-        if got.shape != want.shape: return f"a grid {shape} gives {tuple(got.shape)}, not {tuple(want.shape)}"
+        if got.shape != want.shape:
+            return f"a grid {shape} gives {tuple(got.shape)}, not {tuple(want.shape)}"
         if not torch.equal(got, want):
             p = int((got != want).any(-1)[0].nonzero()[0])
             place = f"row {p // shape[3]}, column {p % shape[3]}"
-            return f"token {p} of a grid {shape} is {got[0, p].tolist()}; at {place} there is {want[0, p].tolist()}"
+            return (f"token {p} of a grid {shape} is {got[0, p].tolist()}; at {place} there is "
+                    f"{want[0, p].tolist()}")
 
 # %% ../../nbs/solutions/02_image_encoder.ipynb #300987ff
 class _Watched(nn.Linear):
@@ -45,30 +47,38 @@ def check_frozen(
 ) -> str|None: # what is not right yet
     "The encoder's tokens and buffers stay, while the head is in train mode."
     generator = torch.Generator().manual_seed(0)
-    x, head, encoder = torch.randn(8, 3, 64, 64, generator=generator), _Watched(), make_image_encoder("tiny")
+    x = torch.randn(8, 3, 64, 64, generator=generator)
+    head, encoder = _Watched(), make_image_encoder("tiny")
     before, state = encoder(x).detach(), {k: v.clone() for k, v in encoder.state_dict().items()}
     after = train_an_epoch(encoder, head, x.split(2))
     if len(head.modes) != 4: return f"of 4 batches, {len(head.modes)} passed through the head"
     if not all(head.modes): return "the head is in eval mode: its dropout and norms would not work"
-    if any(p.requires_grad for p in after.parameters()): return "the encoder's parameters still ask for a gradient"
+    if any(p.requires_grad for p in after.parameters()):
+        return "the encoder's parameters still ask for a gradient"
     moved = ((after.eval()(x) - before).norm() / before.norm()).item()
     changed = [k for k, v in after.state_dict().items() if not torch.equal(v, state[k])]
-    if changed: return f"{changed[0]} has changed, and the tokens have moved by {moved:.0%} of their length"
+    if changed:
+        return f"{changed[0]} has changed, and the tokens have moved by {moved:.0%} of their length"
 
 # %% ../../nbs/solutions/02_image_encoder.ipynb #878b3d7b
 @checks("02.3", "How many tokens")
 def check_how_many_tokens(
-    tokens_and_gigabytes:Callable, # the reader's: (size, stage, pictures) -> (tokens, width, GB in float16)
+    tokens_and_gigabytes:Callable, # the reader's: (size, stage, pictures) -> (tokens, width, GB)
 ) -> str|None: # what is not right yet
     "Against torchvision's ResNet-50, run on shapes alone."
-    with torch.device("meta"): model, x = torchvision.models.resnet50(), {}
+    with torch.device("meta"): model = torchvision.models.resnet50()
     for size, stage, pictures in ((224, -1, 118287), (448, -2, 118287), (320, -3, 10)):
         x = torch.zeros(1, 3, size, size, device="meta")
-        for name in ("conv1", "bn1", "relu", "maxpool", *(f"layer{i}" for i in range(1, 6 + stage))): x = getattr(model, name)(x)
-        want = x.shape[2] * x.shape[3], x.shape[1], pictures * x[0].numel() * torch.half.itemsize / 1e9
+        layers = (f"layer{i}" for i in range(1, 6 + stage))
+        for name in ("conv1", "bn1", "relu", "maxpool", *layers): x = getattr(model, name)(x)
+        tokens, width = x.shape[2] * x.shape[3], x.shape[1]
+        want = tokens, width, pictures * tokens * width * torch.half.itemsize / 1e9
         got = tokens_and_gigabytes(size, stage, pictures)
-        for what, a, b in zip(("tokens", "numbers in a token", "gigabytes"), got, want, strict=True):
-            if abs(a - b) > 1e-3 * b: return f"at {size} pixels, stage {stage}, {pictures} pictures: {b:g} {what}, not {a:g}"
+        names = "tokens", "numbers in a token", "gigabytes"
+        for what, a, b in zip(names, got, want, strict=True):
+            if abs(a - b) > 1e-3 * b:
+                return (f"at {size} pixels, stage {stage}, {pictures} pictures: {b:g} {what}, not "
+                        f"{a:g}")
 
 # %% ../../nbs/solutions/02_image_encoder.ipynb #e4bbdf63
 @checks("02.4", "A rate for the first block")
@@ -79,4 +89,6 @@ def check_rate_for_the_first(
     for blocks, share in ((5, .01), (2, .5), (12, .1)):
         network = nn.Sequential(*(nn.Linear(1, 1) for _ in range(blocks)))
         rates = [g["lr"] for g in parameter_groups(network, lr=1., decay=decay_for(blocks, share))]
-        if abs(rates[0] - share) > 1e-6: return f"of {blocks} blocks the first learns at {rates[0]:.4g} of the last one's rate, not at {share}"
+        if abs(rates[0] - share) > 1e-6:
+            return (f"of {blocks} blocks the first learns at {rates[0]:.4g} of the last one's "
+                    f"rate, not at {share}")

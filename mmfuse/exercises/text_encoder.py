@@ -29,10 +29,13 @@ def check_shrinking_mean(
     if got.shape != (4, 3): return f"expected (4, 3), got {tuple(got.shape)}"
     for row, a, b in zip(mask, got, want):
         if not torch.allclose(a, b, atol=1e-5):
-            return f"{int(row.sum())} real tokens of 7: a vector of length {a.norm():.2f}, where their mean has {b.norm():.2f}"
-    if not torch.equal(got[3], torch.zeros(3)): return f"a caption without a real token gives {got[3].tolist()}, not zeros"
+            return (f"{int(row.sum())} real tokens of 7: a vector of length {a.norm():.2f}, where "
+                    f"their mean has {b.norm():.2f}")
+    if not torch.equal(got[3], torch.zeros(3)):
+        return f"a caption without a real token gives {got[3].tolist()}, not zeros"
     poisoned = tokens.masked_fill(~mask.unsqueeze(-1), torch.nan)
-    if not torch.allclose(mean(poisoned, mask)[:3], want, atol=1e-5): return "a NaN in the padding comes through: NaN times 0 is NaN"
+    if not torch.allclose(mean(poisoned, mask)[:3], want, atol=1e-5):
+        return "a NaN in the padding comes through: NaN times 0 is NaN"
 
 # %% ../../nbs/solutions/03_text_encoder.ipynb #f41f030a
 @checks("03.2", "The silent [UNK]")
@@ -42,17 +45,22 @@ def check_silent_unk(
 ) -> str|None: # what is not right yet
     "The tokenizer knows its own words, and the guard tells a right one from a trapped one."
     from transformers import BertTokenizerFast
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "puppy", "asleep", "two", "red", "bus", "##es"]
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a puppy asleep two red bus ##es".split()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocab.txt"
         path.write_text("\n".join(words))
         trapped, right = BertTokenizerFast(vocab_file=str(path)), BertTokenizerFast(vocab=str(path))
         made = make_tokenizer(Path(folder))
     if made.tokenize("two red buses") != ["two", "red", "bus", "##es"]:
-        return f"'two red buses' becomes {made.tokenize('two red buses')}, though the vocabulary has these words"
-    for name, tokenizer, captions, want in (("a trapped tokenizer", trapped, ["a puppy asleep"], False), ("a right one", right, ["a puppy"], True),
-                                            ("a right one, with one odd word of four,", right, ["a puppy asleep", "wakeboarders"], True)):
-        if bool(knows(tokenizer, captions)) != want: return f"{name} {'knows' if want else 'does not know'} most words of {captions}, and `knows` says {not want}"
+        return (f"'two red buses' becomes {made.tokenize('two red buses')}, though the vocabulary "
+                "has these words")
+    cases = (("a trapped tokenizer", trapped, ["a puppy asleep"], False),
+             ("a right one", right, ["a puppy"], True),
+             ("a right one, with one odd word of four,", right, ["a puppy asleep", "kayaks"], True))
+    for name, tokenizer, captions, want in cases:
+        if bool(knows(tokenizer, captions)) != want:
+            return (f"{name} {'knows' if want else 'does not know'} most words of {captions}, and "
+                    f"`knows` says {not want}")
 
 # %% ../../nbs/solutions/03_text_encoder.ipynb #d86c21d3
 @checks("03.3", "Words only")
@@ -61,23 +69,27 @@ def check_words_only(
 ) -> str|None: # what is not right yet
     "The mask without its first and its last real token, for every length."
     for T in (1, 2, 4, 6):
-        mask = torch.arange(T) < torch.arange(T + 1).unsqueeze(1)  # (T + 1, T): captions of every length
+        mask = torch.arange(T) < torch.arange(T + 1).unsqueeze(1)  # (T + 1, T), all lengths
         before = mask.clone()
         got = words_only(mask)
         if not torch.equal(mask, before): return "the mask that was given has been changed in place"
-        if got.shape != mask.shape or got.dtype != torch.bool: return f"expected bool {tuple(mask.shape)}, got {got.dtype} {tuple(got.shape)}"
+        if got.shape != mask.shape or got.dtype != torch.bool:
+            return f"expected bool {tuple(mask.shape)}, got {got.dtype} {tuple(got.shape)}"
         for n, row in enumerate(got):
             want = [0 < t < n - 1 for t in range(T)]
-            if row.tolist() != want: return f"of {n} real tokens in {T} places: {row.int().tolist()}, not {list(map(int, want))}"
+            if row.tolist() != want:
+                return (f"of {n} real tokens in {T} places: {row.int().tolist()}, not "
+                        f"{list(map(int, want))}")
 
 # %% ../../nbs/solutions/03_text_encoder.ipynb #e7219852
 @checks("03.4", "Find the bug: first, but not real")
 def check_first_real(
-    first_real:Callable[[Tensor, Tensor], Tensor], # the reader's: tokens (B, T, D), mask (B, T) -> (B, D)
+    first_real:Callable, # the reader's: tokens (B, T, D), mask (B, T) -> (B, D)
 ) -> str|None: # what is not right yet
     "The first real token, with padding on either side."
     tokens = torch.arange(24.).view(4, 3, 2)
-    sides = {"the left": [[0, 0, 1], [0, 1, 1], [1, 1, 1], [0, 1, 1]], "the right": [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0]]}
+    sides = {"the left": [[0, 0, 1], [0, 1, 1], [1, 1, 1], [0, 1, 1]],
+             "the right": [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0]]}
     for side, mask in sides.items():
         mask = torch.tensor(mask, dtype=torch.bool)
         got, want = first_real(tokens, mask), torch.stack([t[m][0] for t, m in zip(tokens, mask)])
