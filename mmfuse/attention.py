@@ -40,7 +40,7 @@ def attention_weights(
     k:Tensor, # keys (..., K, D)
     mask:Tensor|None=None, # bool (K,), (B, K) or (..., Q, K), True = a real token
 ) -> Tensor: # (..., Q, K): each row adds up to 1, or is zero if its query may read nothing
-    "How much of each key each query takes: $\\mathrm{softmax}(q k^\\top/\\sqrt{D})$, real keys only."
+    "Each query's share of each key: $\\mathrm{softmax}(q k^\\top/\\sqrt{D})$, over real ones."
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., Q, K)
     if mask is None: return scores.softmax(-1)
     mask = _over_scores(mask, q, k)

@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -43,8 +42,7 @@ def read_weights(
     try:
         if path.suffix == ".safetensors": return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError,
-            TypeError, AttributeError, OSError) as e:
+    except Exception as e:  # a torn file may raise anything
         raise MmfuseError(f"'{path}' is damaged or unsafe ({first_line(e)}): delete it and get it "
                           "again") from None
 
@@ -125,7 +123,8 @@ def hashed_file(
         if why:
             raise MmfuseError(f"no weights of '{name}' in '{path.parent}' ($TORCH_HOME), and "
                               f"{urlsplit(url).netloc} cannot be reached ({why}): "
-                                  f"connect, put '{path.name}' there, or choose tiny or efficientnet_lite0")
+                              f"connect, put '{path.name}' there, "
+                              "or choose tiny or efficientnet_lite0")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=True)

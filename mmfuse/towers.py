@@ -21,15 +21,6 @@ from .files import MmfuseError
 from .hub import WEIGHTS, check_file, first_line, hub_folder, parts, quiet
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
-# %% ../nbs/appendix/towers.ipynb #d575326d
-REVISIONS = {
-    "openai/clip-vit-base-patch32": "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
-    "google/siglip-base-patch16-224": "7fd15f0689c79d79e38b1c2e2e2370a7bf2761ed",
-    "google/vit-base-patch16-224": "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3",
-    "facebook/dinov2-small": "ed25f3a31f01632728cabb09d1542f84ab7b0056",
-    "facebook/dinov2-base": "f9e44c814b77203eaa57a6bdbbd535f21ede1415",
-}
-
 # %% ../nbs/appendix/towers.ipynb #782a52f4
 class Tower(nn.Module):
     "A Hugging Face vision encoder: its patch tokens as a grid, without class and register tokens."
@@ -37,21 +28,23 @@ class Tower(nn.Module):
         model:nn.Module, # takes pictures; gives `last_hidden_state`, tokens or a grid
     ):
         super().__init__()
-        self.model, self.norm_all, self.patch = model, False, getattr(model.config, "patch_size", None)
+        self.model, self.norm_all = model, False
+        self.patch = getattr(model.config, "patch_size", None)
         if isinstance(self.patch, int): self.patch = (self.patch, self.patch)
-        self.more = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters else {}
+        takes = inspect.signature(model.forward).parameters
+        self.more = {k: True for k in ("interpolate_pos_encoding",) if k in takes}
         if hasattr(model, "post_layernorm"): self.norm_all = self._norms_only_class()
 
     @torch.no_grad()
     def _norms_only_class(self): # CLIP applies its last LayerNorm to the class token alone
         out = self.model.eval()(torch.zeros(1, 3, *(2 * p for p in self.patch)), **self.more)
-        pooled = out.pooler_output
-        return pooled is not None and torch.equal(pooled, self.model.post_layernorm(out.last_hidden_state[:, 0]))
+        pooled, first = out.pooler_output, out.last_hidden_state[:, 0]
+        return pooled is not None and torch.equal(pooled, self.model.post_layernorm(first))
 
     def forward(self,
         x:Tensor, # pictures (B, 3, H, W)
     ) -> Tensor: # (B, D, h, w)
-        tokens = self.model(x, **self.more).last_hidden_state  # (B, 1+P, D), or (B, D, h, w) from a convolutional network
+        tokens = self.model(x, **self.more).last_hidden_state  # (B, n+P, D), or a grid
         if tokens.ndim == 4: return tokens
         h, w = x.shape[-2] // self.patch[0], x.shape[-1] // self.patch[1]
         tokens = tokens[:, tokens.shape[1] - h * w:]  # (B, h*w, D)
@@ -61,29 +54,33 @@ class Tower(nn.Module):
 # %% ../nbs/appendix/towers.ipynb #2ad28f0b
 _CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 _HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+_IMAGENET = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
 def _family(config) -> dict: # arguments of `image_transform`
     "What a family of towers was trained with, where no file says it."
     kind, size = config.model_type, getattr(config, "image_size", None) or 224
     squashed = kind.startswith(("siglip", "vit", "beit"))
-    numbers = _CLIP if "clip" in kind else _HALF if squashed else dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    numbers = _CLIP if "clip" in kind else _HALF if squashed else _IMAGENET
     return dict(size=size if isinstance(size, int) else size[0], crop=not squashed, **numbers)
 
 # %% ../nbs/appendix/towers.ipynb #243067e6
 def _side(size) -> int|None: # pixels
     "One number from the ways in which processors write a size."
-    return size if isinstance(size, int) else next((size[k] for k in ("shortest_edge", "height") if size and k in size), None)
+    if isinstance(size, int) or not size: return size
+    return next((size[k] for k in ("shortest_edge", "height") if k in size), None)
 
 # %% ../nbs/appendix/towers.ipynb #53b4e296
 def tower_recipe(
     folder:Path, # of a saved model
     config, # its configuration
 ) -> dict: # arguments of `image_transform`
-    "The preprocessing that is saved beside a model; without that file, what its family was trained with."
-    recipe, path = _family(getattr(config, "vision_config", config)), folder / "preprocessor_config.json"
+    "The preprocessing saved beside a model; without that file, what its family was trained with."
+    recipe = _family(getattr(config, "vision_config", config))
+    path = folder / "preprocessor_config.json"
     if not path.is_file(): return recipe
     check_file(path)
     saved = json.loads(path.read_text("utf-8"))
-    size, cut = _side(saved.get("size")), _side(saved.get("crop_size")) if saved.get("do_center_crop") else None
+    size = _side(saved.get("size"))
+    cut = _side(saved.get("crop_size")) if saved.get("do_center_crop") else None
     squash = not cut and isinstance(saved.get("size"), dict) and "height" in saved["size"]
     recipe.update(size=cut or size or recipe["size"], resize=size, crop=not squash)
     if "image_mean" in saved:
@@ -92,24 +89,14 @@ def tower_recipe(
     how = {0: "NEAREST", 2: "BILINEAR"}.get(saved.get("resample"), "BICUBIC")
     return recipe | {"interpolation": InterpolationMode[how]}
 
-# %% ../nbs/appendix/towers.ipynb #c83f7b74
-def _auto_model(folder:Path, name:str, pretrained:bool) -> tuple[nn.Module, object]: # the model and its configuration
-    "What `AutoModel` makes of a folder, without remote code; `MmfuseError` if tensors of the tower are missing."
-    with quiet():
-        from transformers import AutoConfig, AutoModel
-        safe = dict(trust_remote_code=False, local_files_only=True)
-        try:
-            config = AutoConfig.from_pretrained(folder, **safe)
-            if not pretrained: return AutoModel.from_config(config), config
-            model, info = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True, **safe)
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as e:
-            raise MmfuseError(f"cannot load image encoder '{name}' from '{folder}': "
-                              f"{first_line(e)}") from None
-    lost = sorted(k for k in info["missing_keys"] if "pooler" not in k and "text_model" not in k)
-    if lost:
-        raise MmfuseError(f"'{folder}' lacks {len(lost)} of the tensors of '{name}', '{lost[0]}' "
-                          "first: the wrong file?")
-    return model, config
+# %% ../nbs/appendix/towers.ipynb #d575326d
+REVISIONS = {
+    "openai/clip-vit-base-patch32": "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
+    "google/siglip-base-patch16-224": "7fd15f0689c79d79e38b1c2e2e2370a7bf2761ed",
+    "google/vit-base-patch16-224": "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3",
+    "facebook/dinov2-small": "ed25f3a31f01632728cabb09d1542f84ab7b0056",
+    "facebook/dinov2-base": "f9e44c814b77203eaa57a6bdbbd535f21ede1415",
+}
 
 # %% ../nbs/appendix/towers.ipynb #c89612c9
 def locate_tower(
@@ -122,33 +109,64 @@ def locate_tower(
         if not name or name[0] in ".~/\\" or name.count("/") > 1:
             raise MmfuseError(f"no folder '{name}' to load an image encoder from")
         repo, _, revision = name.partition("@")
-        folder = hub_folder(name, repo, [("config.json",), *([WEIGHTS] if pretrained else [])], want=("preprocessor_config.json",),
-                            revision=revision or REVISIONS.get(repo), instead="tiny, efficientnet_lite0 or a folder")
+        need = [("config.json",), *([WEIGHTS] if pretrained else [])]
+        folder = hub_folder(name, repo, need, want=("preprocessor_config.json",),
+                            revision=revision or REVISIONS.get(repo),
+                            instead="tiny, efficientnet_lite0 or a folder")
+    _check_tower(folder, pretrained)
+    return folder
+
+# %% ../nbs/appendix/towers.ipynb #c229c615
+def _check_tower(folder:Path, pretrained:bool):
+    "`MmfuseError` names what is missing or damaged in a tower's folder."
     if not (folder / "config.json").is_file():
         raise MmfuseError(f"'{folder}' holds no config.json: not a Hugging Face model")
     check_file(folder / "config.json")
+    if not pretrained: return
     weights = next((folder / w for w in WEIGHTS if (folder / w).is_file()), None)
-    if pretrained and not weights:
-        raise MmfuseError(f"'{folder}' holds no weights ({WEIGHTS[0]} or {WEIGHTS[2]})")
-    for part in parts(weights) if pretrained else []: check_file(folder / part)
-    return folder
+    if not weights: raise MmfuseError(f"'{folder}' holds no weights ({WEIGHTS[0]} or {WEIGHTS[2]})")
+    for part in parts(weights): check_file(folder / part)
+
+# %% ../nbs/appendix/towers.ipynb #c83f7b74
+_TROUBLE = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError)
+def _auto_model(
+    folder:Path, # checked
+    name:str, # for the message
+    pretrained:bool, # with weights
+) -> tuple[nn.Module, object]: # the model and its configuration
+    "What `AutoModel` makes of a folder, without remote code; `MmfuseError` if tensors are missing."
+    with quiet():
+        from transformers import AutoConfig, AutoModel
+        safe = dict(trust_remote_code=False, local_files_only=True)
+        try:
+            config = AutoConfig.from_pretrained(folder, **safe)
+            if not pretrained: return AutoModel.from_config(config), config
+            more = dict(config=config, dtype=torch.float32, output_loading_info=True)
+            model, info = AutoModel.from_pretrained(folder, **more, **safe)
+        except _TROUBLE as e:
+            raise MmfuseError(f"cannot load image encoder '{name}' from '{folder}': "
+                              f"{first_line(e)}") from None
+    lost = [k for k in info["missing_keys"] if "pooler" not in k and "text_model" not in k]
+    if not lost: return model, config
+    raise MmfuseError(f"'{folder}' lacks {len(lost)} of the tensors of '{name}', "
+                      f"'{min(lost)}' first: the wrong file?")
 
 # %% ../nbs/appendix/towers.ipynb #55a522bb
 def hf_trunk(
     name:str, # an id, `id@revision`, or a folder
     pretrained:bool=True, # with weights, or at random
     size:int|None=None, # height and width of the input; default: what the weights were trained on
-) -> tuple[nn.Module, dict]: # (B, 3, H, W) to a grid (B, D, h, w), and arguments of `image_transform`
+) -> tuple[nn.Module, dict]: # (B, 3, H, W) to a grid (B, D, h, w); arguments of `image_transform`
     "A vision encoder, or the vision tower of a model with two, from a folder or from the hub."
     folder = locate_tower(name, pretrained)
     model, config = _auto_model(folder, name, pretrained)
     recipe = tower_recipe(folder, config)
-    if size:
-        recipe.update(size=size, resize=round((recipe.get("resize") or recipe["size"]) * size / recipe["size"]))
+    resize = (recipe.get("resize") or recipe["size"]) / recipe["size"]
+    if size: recipe.update(size=size, resize=round(resize * size))
     while hasattr(model, "vision_model"): model = model.vision_model
     if model.main_input_name != "pixel_values":
-        raise MmfuseError(f"'{name}' reads {model.main_input_name}, not pictures: choose another "
-                          "image encoder")
+        raise MmfuseError(f"'{name}' reads {model.main_input_name}, not pictures: "
+                          "choose another image encoder")
     return Tower(model), recipe
 
 # %% ../nbs/appendix/towers.ipynb #c9d5d97a
@@ -158,7 +176,8 @@ class TimmTrunk(nn.Module):
         model:nn.Module, # with `forward_features`
     ):
         super().__init__()
-        self.model, self.last = model, str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+        self.model = model
+        self.last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
 
     def forward(self,
         x:Tensor, # pictures (B, 3, H, W)
@@ -169,27 +188,6 @@ class TimmTrunk(nn.Module):
         h = round(math.sqrt(out.shape[1] * x.shape[-2] / x.shape[-1]))
         return out.transpose(1, 2).unflatten(2, (h, -1))  # (B, D, h, w)
 
-# %% ../nbs/appendix/towers.ipynb #347c8d29
-def timm_trunk(
-    name:str, # one of `timm.list_models()`
-    pretrained:bool=True, # with weights from the hub, as safetensors
-    size:int|None=None, # height and width of the input; default: what the weights were trained on
-) -> tuple[nn.Module, dict]: # (B, 3, H, W) to a grid (B, D, h, w), and arguments of `image_transform`
-    "One of timm's models."
-    if find_spec("timm") is None: raise MmfuseError(f"'timm:{name}' needs timm: pip install timm")
-    import timm
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), 1)
-        raise MmfuseError(f"timm has no model '{name}'" + (f": did you mean 'timm:{close[0]}'?" if close else "; see timm.list_models()"))
-    more = dict(pretrained_cfg_overlay=dict(file=str(_timm_file(name)))) if pretrained else {}
-    try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **more)
-    except TypeError: model = timm.create_model(name, pretrained=pretrained, num_classes=0, **more)
-    shown = timm.data.resolve_model_data_config(model)
-    size = size or shown["input_size"][-1]
-    return TimmTrunk(model), dict(size=size, crop=shown["crop_mode"] == "center", resize=math.floor(size / shown["crop_pct"]),
-                                  mean=tuple(shown["mean"]), std=tuple(shown["std"]), interpolation=InterpolationMode(shown["interpolation"]))
-
 # %% ../nbs/appendix/towers.ipynb #2bb1c927
 def _timm_file(name:str) -> Path:
     "A timm model's one file of weights."
@@ -197,9 +195,40 @@ def _timm_file(name:str) -> Path:
     config = timm.get_pretrained_cfg(name)
     repo = (config.hf_hub_id or "") if config else ""
     if not repo:
-        raise MmfuseError(f"timm has no weights for '{name}' on the hub: choose one of "
-                          "timm.list_pretrained()")
+        raise MmfuseError(f"timm has no weights for '{name}' on the hub: "
+                          "choose one of timm.list_pretrained()")
     if repo.endswith("/"): repo += f"{config.architecture}.{config.tag}"
-    path = hub_folder(f"timm:{name}", repo, [("model.safetensors",)], instead="tiny or efficientnet_lite0") / "model.safetensors"
+    need, instead = [("model.safetensors",)], "tiny or efficientnet_lite0"
+    path = hub_folder(f"timm:{name}", repo, need, instead=instead) / "model.safetensors"
     check_file(path)
     return path
+
+# %% ../nbs/appendix/towers.ipynb #942c329b
+def _timm_model(name:str, pretrained:bool) -> nn.Module:
+    "A timm model without its classifier, for any input size where it can be."
+    import timm
+    more = dict(pretrained=pretrained, num_classes=0)
+    if pretrained: more["pretrained_cfg_overlay"] = dict(file=str(_timm_file(name)))
+    try: return timm.create_model(name, dynamic_img_size=True, **more)
+    except TypeError: return timm.create_model(name, **more)
+
+# %% ../nbs/appendix/towers.ipynb #347c8d29
+def timm_trunk(
+    name:str, # one of `timm.list_models()`
+    pretrained:bool=True, # with weights from the hub, as safetensors
+    size:int|None=None, # height and width of the input; default: what the weights were trained on
+) -> tuple[nn.Module, dict]: # (B, 3, H, W) to a grid (B, D, h, w); arguments of `image_transform`
+    "One of timm's models."
+    if find_spec("timm") is None: raise MmfuseError(f"'timm:{name}' needs timm: pip install timm")
+    import timm
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 1)
+        what = f": did you mean 'timm:{close[0]}'?" if close else "; see timm.list_models()"
+        raise MmfuseError(f"timm has no model '{name}'{what}")
+    model = _timm_model(name, pretrained)
+    shown = timm.data.resolve_model_data_config(model)
+    size = size or shown["input_size"][-1]
+    return TimmTrunk(model), dict(
+        size=size, crop=shown["crop_mode"] == "center", resize=math.floor(size / shown["crop_pct"]),
+        mean=tuple(shown["mean"]), std=tuple(shown["std"]),
+        interpolation=InterpolationMode(shown["interpolation"]))

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import http.server
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -105,8 +106,15 @@ def test_half_a_file_is_named(suffix, keep, tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:int(keep * len(content)) if isinstance(keep, float) else keep])
     with pytest.raises(MmfuseError, match=f"weights{suffix}' is damaged"): read_weights(path)
-    path.write_bytes(os.urandom(1000))
-    with pytest.raises(MmfuseError, match=f"weights{suffix}' is damaged"): read_weights(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_noise_is_named_whatever_the_unpickler_makes_of_it(suffix, tmp_path):
+    path, rng = tmp_path / f"weights{suffix}", random.Random(0)
+    for begin in (b"", b"\x80\x02", b"PK\x03\x04"):
+        for _ in range(200):
+            path.write_bytes(begin + rng.randbytes(200))
+            with pytest.raises(MmfuseError, match=f"weights{suffix}' is damaged"): read_weights(path)
 
 
 def test_json_is_checked(tmp_path):
