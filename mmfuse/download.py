@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,55 +40,74 @@ class Part:
     unpacked: int # bytes, about
     folder: str # what it unpacks to
 PARTS = {
-    "annotations": Part("annotations/annotations_trainval2017.zip", 252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c", 850_000_000, "annotations"),
-    "val2017": Part("zips/val2017.zip", 815_585_330, "442b8da7639aecaf257c1dceb8ba8c80", 830_000_000, "val2017"),
-    "train2017": Part("zips/train2017.zip", 19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2", 19_500_000_000, "train2017"),
+    "annotations": Part("annotations/annotations_trainval2017.zip", 252_907_541,
+                        "f4bbac642086de4f52a3fdda2de5fa2c", 850_000_000, "annotations"),
+    "val2017": Part("zips/val2017.zip", 815_585_330,
+                    "442b8da7639aecaf257c1dceb8ba8c80", 830_000_000, "val2017"),
+    "train2017": Part("zips/train2017.zip", 19_336_861_798,
+                      "cced6f7f71b7629ddf16f17bbcfab6b2", 19_500_000_000, "train2017"),
 }
 
 # %% ../nbs/appendix/download.ipynb #fa9b10f4
 class DownloadError(MmfuseError):
     "Something that could not be fetched, or is not what it should be."
 class _Again(Exception):
-    "A failure that another attempt may cure."
+    "A failure that another attempt may cure: a status, and why."
+
+def _size(path:Path) -> int: # bytes, 0 if it is not there
+    return path.stat().st_size if path.exists() else 0
 
 def _md5(path:Path) -> str: # hex digits
-    with open(path, "rb") as f: return hashlib.file_digest(f, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    def plain(): return hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as f: return hashlib.file_digest(f, plain).hexdigest()
+
+def _bar(progress:bool|None, **how): # a `tqdm`
+    return tqdm(leave=False, disable=None if progress is None else not progress, **how)
 
 def _request(url:str, have:int, etag:str, timeout:float): # the open response
     "Ask for the bytes from `have` on; `DownloadError` on what no repetition cures."
     head = {"User-Agent": "mmfuse", "Accept-Encoding": "identity"}
-    if have: head |= {"Range": f"bytes={have}-"} | ({"If-Range": etag} if etag else {})
+    if have: head["Range"] = f"bytes={have}-"
+    if have and etag: head["If-Range"] = etag
     try: return urllib.request.urlopen(urllib.request.Request(url, headers=head), timeout=timeout)
     except urllib.error.HTTPError as e:
-        with e:
-            if e.code in (408, 416, 429) or e.code >= 500: raise _Again(e.code, f"the server says {e.code} {e.reason}") from None
-            raise DownloadError(f"cannot fetch '{url}': {e.code} {e.reason}") from None
-    except (OSError, http.client.HTTPException) as e: raise _Again(0, str(getattr(e, "reason", e)) or type(e).__name__) from None
+        e.close()
+        if e.code in (408, 416, 429) or e.code >= 500:
+            raise _Again(e.code, f"the server says {e.code} {e.reason}") from None
+        raise DownloadError(f"cannot fetch '{url}': {e.code} {e.reason}") from None
+    except (OSError, http.client.HTTPException) as e:
+        raise _Again(0, str(getattr(e, "reason", e)) or type(e).__name__) from None
     except ValueError as e: raise DownloadError(f"cannot fetch '{url}': {e}") from None
 
 # %% ../nbs/appendix/download.ipynb #063642a3
-def _attempt(url:str, part:Path, size:int|None, timeout:float, bar) -> int|None: # the length that the server names
+def _begins(r, have:int) -> tuple[int, int|None]: # first byte, length of the whole file
+    "What an answer is: the rest, or the whole file again; `_Again` if it is another range."
+    length = r.headers.get("Content-Length", "")
+    if r.status != 206: return 0, int(length) if length.isdigit() else None
+    found = re.match(r"bytes (\d+)-\d+/(\d+)", r.headers.get("Content-Range") or "")
+    if found and int(found[1]) == have: return have, int(found[2])
+    raise _Again(206, "the server answers with another range")
+
+def _block(r) -> bytes: # none at the end
+    try: return r.read(1 << 18)
+    except (OSError, http.client.HTTPException) as e:
+        raise _Again(0, f"the line broke: {e}") from None
+
+def _attempt(url:str, part:Path, size:int|None, timeout:float, bar):
     "Add to the partial file what is missing; `_Again` if the line breaks."
-    note = part.with_name(part.name + ".etag")
-    have = part.stat().st_size if part.exists() else 0
+    note, have = part.with_name(part.name + ".etag"), _size(part)
     with _request(url, have, note.read_text() if note.exists() else "", timeout) as r:
-        length, content_range = r.headers.get("Content-Length", ""), re.match(r"bytes (\d+)-\d+/(\d+)", r.headers.get("Content-Range") or "")
-        if r.status == 206 and not (content_range and int(content_range[1]) == have):
-            part.unlink(missing_ok=True); raise _Again(206, "the server answers with another range")
-        if r.status != 206: have = 0
-        total = int(content_range[2]) if r.status == 206 else int(length) if length.isdigit() else None
-        if size is not None and total not in (None, size): raise DownloadError(f"'{url}' has {total} bytes and should have {size}: is this the right file?")
+        have, total = _begins(r, have)
+        if size is not None and total not in (None, size):
+            raise DownloadError(f"'{url}' has {total} bytes and should have {size}: "
+                                "is this the right file?")
         note.write_text(r.headers.get("ETag") or "")
+        bar.reset(total or size); bar.update(have)
         with open(part, "ab" if have else "wb") as f:
-            bar.reset(total or size); bar.update(have)
-            while True:
-                try: block = r.read(1 << 18)
-                except (OSError, http.client.HTTPException) as e: raise _Again(0, f"the line broke: {e}") from None
-                if not block: break
+            while (size is None or have <= size) and (block := _block(r)):
                 f.write(block); bar.update(len(block)); have += len(block)
-                if size is not None and have > size: break
-    if total is not None and have < total: raise _Again(0, f"the line broke after {have} of {total} bytes")
-    return total
+    if total is not None and have < total:
+        raise _Again(0, f"the line broke after {have} of {total} bytes")
 
 # %% ../nbs/appendix/download.ipynb #5b24289e
 def fetch(
@@ -101,47 +121,49 @@ def fetch(
     timeout:float=30, # seconds without a byte that count as a broken line
     progress:bool|None=None, # a bar: None for a terminal only
 ) -> Path: # the same path
-    "Fetch a file, whole or not at all; what an earlier call left is used. `DownloadError` says why not."
+    "A file, whole or not at all; what an earlier call left is used. `DownloadError` says why not."
     path = Path(path)
     part, failures, best = path.with_name(f".{path.name}.part"), 0, 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(desc=path.name, unit="B", unit_scale=True, leave=False, disable=None if progress is None else not progress) as bar:
-        while size is None or not part.exists() or part.stat().st_size < size:
-            best = max(best, part.stat().st_size if part.exists() else 0)
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise DownloadError(_disk(e, path)) from None
+    with _bar(progress, desc=path.name, unit="B", unit_scale=True) as bar:
+        while size is None or _size(part) < size:
+            best = max(best, _size(part))
             try: _attempt(url, part, size, timeout, bar); break
-            except _Again as e:
-                code, reason = e.args
-                if code == 416: part.unlink(missing_ok=True)
-                now = part.stat().st_size if part.exists() else 0
-                failures = 1 if now > best else failures + 1
-                if failures >= tries: raise DownloadError(f"cannot fetch '{url}': {reason}; gave up after {failures} attempts, call again to go on") from None
-                time.sleep(min(wait * 2 ** (failures - 1), 60))
+            except _Again as e: code, reason = e.args
             except OSError as e: raise DownloadError(_disk(e, path)) from None
+            if code in (206, 416): part.unlink(missing_ok=True)
+            failures = 1 if _size(part) > best else failures + 1
+            if failures >= tries:
+                raise DownloadError(f"cannot fetch '{url}': {reason}; gave up after {failures} "
+                                    "attempts, call again to go on")
+            time.sleep(min(wait * 2 ** (failures - 1), 60))
     return _accept(part, path, url, size, md5)
 
 def _disk(e:OSError, path:Path) -> str:
     "One line about a disk that does not take what it should."
-    return f"cannot write '{path}': {e.strerror or e}" + ("; make room and call again, it goes on" if e.errno == errno.ENOSPC else "")
+    more = "; make room and call again, it goes on" if e.errno == errno.ENOSPC else ""
+    return f"cannot write '{path}': {e.strerror or e}{more}"
 
 def _accept(part:Path, path:Path, url:str, size:int|None, md5:str|None) -> Path:
     "Rename the partial file if it is what it should be; delete it otherwise."
-    have = part.stat().st_size
-    wrong = f"has {have} bytes and should have {size}" if size is not None and have != size else ""
-    if not wrong and md5 and (found := _md5(part)) != md5: wrong = f"has the MD5 {found} and should have {md5}"
+    have, wrong = _size(part), ""
+    if size is not None and have != size: wrong = f"has {have} bytes and should have {size}"
+    elif md5 and (found := _md5(part)) != md5: wrong = f"has the MD5 {found} and should have {md5}"
     part.with_name(part.name + ".etag").unlink(missing_ok=True)
-    if wrong: part.unlink(); raise DownloadError(f"'{url}' {wrong}: it was deleted, call again or try another mirror")
-    os.replace(part, path)
-    return path
+    if not wrong: os.replace(part, path); return path
+    part.unlink()
+    raise DownloadError(f"'{url}' {wrong}: it was deleted, call again or try another mirror")
 
 # %% ../nbs/appendix/download.ipynb #fe157f66
-def _check_names(archive:zipfile.ZipFile, path:Path, folder:str) -> list[zipfile.ZipInfo]: # the files in it
+def _check_names(archive:zipfile.ZipFile, path:Path, folder:str) -> list[zipfile.ZipInfo]: # files
     "`DownloadError` if any name leads out of `folder`, or is no plain file."
     for info in archive.infolist():
-        parts = info.filename.rstrip("/").split("/")
-        if "\\" in info.orig_filename or "\0" in info.orig_filename or parts[0] != folder or {"", ".", ".."} & set(parts):
-            raise DownloadError(f"'{path}' was not unpacked: {info.orig_filename!r} leads out of '{folder}/'")
-        kind = stat.S_IFMT(info.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR): raise DownloadError(f"'{path}' was not unpacked: {info.filename!r} is no plain file")
+        parts, name = info.filename.rstrip("/").split("/"), info.orig_filename
+        if "\\" in name or "\0" in name or parts[0] != folder or {"", ".", ".."} & set(parts):
+            raise DownloadError(f"'{path}' was not unpacked: {name!r} leads out of '{folder}/'")
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise DownloadError(f"'{path}' was not unpacked: {info.filename!r} is no plain file")
     return [info for info in archive.infolist() if not info.is_dir()]
 
 # %% ../nbs/appendix/download.ipynb #f6a38d8f
@@ -151,28 +173,34 @@ def unzip(
     folder:str, # the one folder that the zip may hold
     progress:bool|None=None, # a bar: None for a terminal only
 ) -> tuple[int, int]: # files, bytes
-    "Unpack into a hidden folder, then rename; `DownloadError` on names that climb out, on damage, on a full disk."
+    "Unpack aside, then rename; `DownloadError` on names that climb out, damage, a full disk."
     path, root = Path(path), Path(root)
     aside = root / f".{folder}.unpacking"
     try:
         with zipfile.ZipFile(path) as archive:
             files = _check_names(archive, path, folder)
             _check_room(root, sum(i.file_size for i in files), f"to unpack '{path.name}'")
-            for info in tqdm(files, desc=f"unpacking {folder}", leave=False, disable=None if progress is None else not progress):
-                target = aside / info.filename
-                if target.exists() and target.stat().st_size == info.file_size: continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(info) as source, open(f"{target}.part", "wb") as f: shutil.copyfileobj(source, f)
-                os.replace(f"{target}.part", target)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zipfile.zlib.error) as e: raise DownloadError(f"'{path}' is no whole zip: {e}") from None
+            for info in _bar(progress, iterable=files, desc=f"unpacking {folder}"):
+                _unpack(archive, info, aside / info.filename)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as e:
+        raise DownloadError(f"'{path}' is no whole zip: {e}") from None
     except OSError as e: raise DownloadError(_disk(e, aside)) from None
     _move(aside, root, folder)
     return len(files), sum(i.file_size for i in files)
 
+def _unpack(archive:zipfile.ZipFile, info:zipfile.ZipInfo, target:Path):
+    "One file, whole or not at all; one that an earlier call unpacked is left."
+    if target.exists() and target.stat().st_size == info.file_size: return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with archive.open(info) as source, open(f"{target}.part", "wb") as f:
+        shutil.copyfileobj(source, f)
+    os.replace(f"{target}.part", target)
+
 def _move(aside:Path, root:Path, folder:str):
-    "Put the unpacked folder in its place; into the one that is there, file by file, if there is one."
+    "Put the unpacked folder in its place; file by file if there is one already."
     if hasattr(os, "sync"): os.sync()
-    if not (root / folder).exists() and (aside / folder).exists(): os.replace(aside / folder, root / folder)
+    if not (root / folder).exists() and (aside / folder).exists():
+        os.replace(aside / folder, root / folder)
     for p in [p for p in aside.rglob("*") if p.is_file()]:
         target = root / p.relative_to(aside)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +211,8 @@ def _check_room(root:Path, need:int, what:str):
     "`DownloadError` if the disk has not `need` bytes left."
     there = next(p for p in [root, *root.absolute().parents] if p.exists())
     if (free := shutil.disk_usage(there).free) < need:
-        raise DownloadError(f"'{there}' has {free / 1e9:.1f} GB free, and {need / 1e9:.1f} GB are needed {what}: make room, or choose another place")
+        raise DownloadError(f"'{there}' has {free / 1e9:.1f} GB free, and {need / 1e9:.1f} GB are "
+                            f"needed {what}: make room, or choose another place")
 
 # %% ../nbs/appendix/download.ipynb #d63a3009
 def _content(folder:Path) -> tuple[int, int]: # files, bytes
@@ -209,8 +238,9 @@ def check_parts(
     "`DownloadError` if a part does not exist."
     names = list(PARTS) if only is None else [n.strip() for n in only.split(",") if n.strip()]
     wrong = [n for n in names if n not in PARTS]
-    if wrong or not names: raise DownloadError(f"no part is called '{wrong[0] if wrong else only}'; there are: {', '.join(PARTS)}")
-    return names
+    if names and not wrong: return names
+    raise DownloadError(f"no part is called '{wrong[0] if wrong else only}'; "
+                        f"there are: {', '.join(PARTS)}")
 def download(
     root:str|Path, # becomes a folder in COCO's layout
     only:str|None=None, # parts, with commas between them; all if not given
@@ -221,58 +251,101 @@ def download(
     "COCO's official zips, fetched, checked, unpacked. What is there already is left alone."
     root = Path(root)
     missing = [n for n in check_parts(only) if not is_there(root, n)]
-    if not missing: return []
-    partial = {n: p.stat().st_size if (p := _zip(root, n)).exists() or (p := p.with_name(f".{p.name}.part")).exists() else 0 for n in missing}
-    _check_room(root, sum(PARTS[n].unpacked for n in missing) + max(PARTS[n].size - partial[n] for n in missing), f"for {', '.join(missing)}")
+    if missing: _check_room(root, _room(root, missing), f"for {', '.join(missing)}")
     for name in missing:
         part, file = PARTS[name], _zip(root, name)
-        if not file.exists(): fetch(f"{base_url.rstrip('/')}/{part.where}", file, size=part.size, md5=part.md5, **how)
+        url = f"{base_url.rstrip('/')}/{part.where}"
+        if not file.exists(): fetch(url, file, size=part.size, md5=part.md5, **how)
         files, size = unzip(file, root, part.folder, how.get("progress"))
-        with atomic(root / f".{name}.json") as note: note.write_text(json.dumps(dict(zip=part.where, md5=part.md5, files=files, bytes=size)))
+        about = dict(zip=part.where, md5=part.md5, files=files, bytes=size)
+        with atomic(root / f".{name}.json") as note: note.write_text(json.dumps(about))
         file.unlink()
     return missing
+
 def _zip(root:Path, name:str) -> Path: return root / Path(PARTS[name].where).name
+def _room(root:Path, missing:list[str]) -> int: # bytes
+    "All of them unpacked, and the largest zip that is still to come: zips are deleted one by one."
+    def rest(name):
+        zipped = _zip(root, name)
+        part = zipped.with_name(f".{zipped.name}.part")
+        return PARTS[name].size - max(_size(zipped), _size(part))
+    return sum(PARTS[n].unpacked for n in missing) + max(map(rest, missing))
 
 # %% ../nbs/appendix/download.ipynb #87246e50
-_MINI = """0: 872 1503 1532 2006 2473 2685 4395 5060 6012 6614 6723 7278 8690 9400 9590 10995 11051 11122 11197 11511 11699 12576 16958 18575 20992 22892 33114 38829 51712 52891 62554 105912 106235 109313 126107
- 127530 128051 155341 158227 159112 166918 175364 180878 181303 184321 184791 192699 199681 205401 214753 215245 221708 231125 235064 252219 253452 253695 257084 262440 290843 296649 338304 349860
- 357081 368212 369771 370208 415748 453584 453634 463730 465822 475678 485895 493905 505573 516916 520531 530836 540280 546826 549055 551780 552775 574315
-1: 139 285 632 724 776 1675 2149 2431 2532 2923 3156 3501 3553 4134 4795 5193 5600 6213 7108 7281 7795 7991 8021 9378 9891 9914 10363 11615 12667 16439 34417 59598 92660 98261 101780 113354 117425
- 119828 125952 127987 129062 143931 153797 160012 161044 161799 165518 167572 168458 172648 174482 177861 181666 183709 189775 189806 194724 217285 243204 273232 277005 300039 303818 324614 331352
- 338905 343937 349184 357501 359219 389684 406129 419312 435205 435208 436738 480985 491008 515077 519611 521601 522713 532481 547336 557172 576031 577539
-2: 1353 1490 1818 1993 2153 2261 3661 5503 5586 6460 6763 7386 7574 7784 7816 7818 7888 8532 8899 9772 10583 10707 10764 12670 12748 13201 19221 25603 25986 30213 47112 53529 55299 78915 101787 135561
- 136334 163951 181542 182162 184324 223747 229997 237517 239627 244592 249025 255165 261712 269196 269314 301421 308394 311002 312489 328683 331799 334719 344100 347254 348881 354072 361919 373353
- 376322 394940 397681 405279 431848 435206 454661 458054 460347 476704 482585 501368 527220 531134 536038 553664 559707 565607 566282 580294
-3: 885 1268 1296 1425 1584 2157 2299 2587 2592 4765 5477 5529 5992 6040 6471 6818 6954 7511 7977 8211 8629 9448 9769 11149 11813 20247 22192 37777 41888 50811 56344 57597 64523 79837 81061 99039 99053
- 104455 116479 117719 121586 142585 153299 168974 174231 194875 199055 239041 252332 262227 286458 288685 296222 301061 311303 333956 334371 341719 343803 346638 350679 359937 360960 364557 367095
- 378605 384513 385029 391648 397133 414673 416256 425226 427034 439180 453302 458255 478721 491497 508602 539445 560256 565776 570448 577932
-4: 785 802 1000 1761 3255 3845 3934 4495 5001 5037 6771 6894 7088 8277 8762 8844 9483 10092 10977 11760 12062 12120 12280 12639 13004 13177 17627 60932 66841 73326 75612 87038 108244 117645 127394
- 128598 151938 160556 173057 208901 211042 215778 229358 231549 234757 241668 256518 261888 262682 269316 275791 289393 292997 310200 312237 318080 322864 324258 329219 348481 357888 358427 377575
- 386912 402433 403353 403385 404484 407574 417285 423617 434204 435081 456496 458045 460229 463690 475732 488673 502136 511599 519208 520707 544605 555009 568290
+_MINI = """\
+0: 872 1503 1532 2006 2473 2685 4395 5060 6012 6614 6723 7278 8690 9400 9590 10995 11051 11122
+ 11197 11511 11699 12576 16958 18575 20992 22892 33114 38829 51712 52891 62554 105912 106235
+ 109313 126107 127530 128051 155341 158227 159112 166918 175364 180878 181303 184321 184791 192699
+ 199681 205401 214753 215245 221708 231125 235064 252219 253452 253695 257084 262440 290843 296649
+ 338304 349860 357081 368212 369771 370208 415748 453584 453634 463730 465822 475678 485895 493905
+ 505573 516916 520531 530836 540280 546826 549055 551780 552775 574315
+1: 139 285 632 724 776 1675 2149 2431 2532 2923 3156 3501 3553 4134 4795 5193 5600 6213 7108 7281
+ 7795 7991 8021 9378 9891 9914 10363 11615 12667 16439 34417 59598 92660 98261 101780 113354
+ 117425 119828 125952 127987 129062 143931 153797 160012 161044 161799 165518 167572 168458 172648
+ 174482 177861 181666 183709 189775 189806 194724 217285 243204 273232 277005 300039 303818 324614
+ 331352 338905 343937 349184 357501 359219 389684 406129 419312 435205 435208 436738 480985 491008
+ 515077 519611 521601 522713 532481 547336 557172 576031 577539
+2: 1353 1490 1818 1993 2153 2261 3661 5503 5586 6460 6763 7386 7574 7784 7816 7818 7888 8532 8899
+ 9772 10583 10707 10764 12670 12748 13201 19221 25603 25986 30213 47112 53529 55299 78915 101787
+ 135561 136334 163951 181542 182162 184324 223747 229997 237517 239627 244592 249025 255165 261712
+ 269196 269314 301421 308394 311002 312489 328683 331799 334719 344100 347254 348881 354072 361919
+ 373353 376322 394940 397681 405279 431848 435206 454661 458054 460347 476704 482585 501368 527220
+ 531134 536038 553664 559707 565607 566282 580294
+3: 885 1268 1296 1425 1584 2157 2299 2587 2592 4765 5477 5529 5992 6040 6471 6818 6954 7511 7977
+ 8211 8629 9448 9769 11149 11813 20247 22192 37777 41888 50811 56344 57597 64523 79837 81061 99039
+ 99053 104455 116479 117719 121586 142585 153299 168974 174231 194875 199055 239041 252332 262227
+ 286458 288685 296222 301061 311303 333956 334371 341719 343803 346638 350679 359937 360960 364557
+ 367095 378605 384513 385029 391648 397133 414673 416256 425226 427034 439180 453302 458255 478721
+ 491497 508602 539445 560256 565776 570448 577932
+4: 785 802 1000 1761 3255 3845 3934 4495 5001 5037 6771 6894 7088 8277 8762 8844 9483 10092 10977
+ 11760 12062 12120 12280 12639 13004 13177 17627 60932 66841 73326 75612 87038 108244 117645
+ 127394 128598 151938 160556 173057 208901 211042 215778 229358 231549 234757 241668 256518 261888
+ 262682 269316 275791 289393 292997 310200 312237 318080 322864 324258 329219 348481 357888 358427
+ 377575 386912 402433 403353 403385 404484 407574 417285 423617 434204 435081 456496 458045 460229
+ 463690 475732 488673 502136 511599 519208 520707 544605 555009 568290
 -: 58636 64574 226111"""
 def mini() -> tuple[list[int], dict[int, int]]: # ids, and the fold of each labelled picture
     "The named subset `mini` of val2017: 430 pictures, 427 of them in five folds."
-    folds = {k.strip(): [int(i) for i in ids.split()] for k, ids in (line.split(":") for line in _MINI.replace("\n ", " ").split("\n"))}
-    return sorted(i for ids in folds.values() for i in ids), {i: int(k) for k, ids in folds.items() if k != "-" for i in ids}
+    lines = [line.split(":") for line in _MINI.replace("\n ", " ").split("\n")]
+    folds = {k: [int(i) for i in ids.split()] for k, ids in lines}
+    every = sorted(i for ids in folds.values() for i in ids)
+    return every, {i: int(k) for k, ids in folds.items() if k != "-" for i in ids}
 
 # %% ../nbs/appendix/download.ipynb #19c73e8d
 def _cut(full:Path, ids:set) -> dict:
-    "An annotation file's content, with these pictures only; `DownloadError` if it has not all of them."
+    "An annotation file's content, of these pictures; `DownloadError` if it has not all of them."
     content = json.loads(full.read_text(encoding="utf-8"))
     images = [i for i in content["images"] if i["id"] in ids]
-    if len(images) < len(ids): raise DownloadError(f"picture {min(ids - {i['id'] for i in images})} is not in '{full.name}'")
-    return {**content, "images": images, "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
+    if len(images) < len(ids):
+        first = min(ids - {i["id"] for i in images})
+        raise DownloadError(f"picture {first} is not in '{full.name}'")
+    notes = [a for a in content["annotations"] if a["image_id"] in ids]
+    return {**content, "images": images, "annotations": notes}
 def _first(full:Path, n:int) -> list[int]:
     "The `n` lowest ids of an annotation file."
     return sorted(i["id"] for i in json.loads(full.read_text(encoding="utf-8"))["images"])[:n]
-def _picture(base_url:str, split:str, root:Path, name:str, how:dict) -> str: # what went wrong, or nothing
+def _same(there:Path, ids:set):
+    "`DownloadError` if a file cut by an earlier call has other pictures."
+    if there.exists() and {i["id"] for i in json.loads(there.read_text())["images"]} != ids:
+        raise DownloadError(f"'{there}' has other pictures: choose another --root, or delete it")
+def _picture(url:str, path:Path, how:dict) -> str: # what went wrong, or nothing
     "Fetch one picture, if it is not there."
-    path = root / split / name
     try:
-        if not path.exists(): fetch(f"{base_url.rstrip('/')}/{split}/{name}", path, progress=False, **how)
-        if path.open("rb").read(2) != b"\xff\xd8": path.unlink(); return f"'{split}/{name}' is no JPEG"
+        if not path.exists(): fetch(url, path, progress=False, **how)
+        with open(path, "rb") as f: begins = f.read(2)
+        if begins != b"\xff\xd8": path.unlink(); return f"'{url}' is no JPEG"
     except DownloadError as e: return str(e)
     return ""
+def _pictures(urls:list[str], folder:Path, at_once:int, progress:bool|None, how:dict):
+    "Fetch many at once; `DownloadError` if one is missing. An interrupt ends it at once."
+    with ThreadPoolExecutor(at_once) as pool:
+        def one(url): return _picture(url, folder / url.rpartition("/")[2], how)
+        jobs = pool.map(one, urls)
+        bar = _bar(progress, iterable=jobs, total=len(urls), desc=folder.name)
+        try: errors = [e for e in bar if e]
+        except BaseException: pool.shutdown(cancel_futures=True); raise
+    if errors: raise DownloadError(f"{len(errors)} of {len(urls)} pictures are missing; "
+                                   f"the first: {errors[0]}")
 
 # %% ../nbs/appendix/download.ipynb #86493daa
 def download_pictures(
@@ -285,32 +358,32 @@ def download_pictures(
     progress:bool|None=None, # bars: None for a terminal only
     **how, # to `fetch`: tries, wait, timeout
 ) -> int: # pictures
-    "Single pictures, and both JSON files cut to them; the official annotations are kept in `root/.official`."
+    "Single pictures and both JSON files, cut to them; the official ones stay in `root/.official`."
     root, official = Path(root), Path(root) / ".official"
     download(official, "annotations", base_url=base_url, progress=progress, **how)
-    full = {kind: official / "annotations" / f"{kind}_{split}.json" for kind in ("instances", "captions")}
+    names = {kind: f"{kind}_{split}.json" for kind in ("instances", "captions")}
+    full = {kind: official / "annotations" / name for kind, name in names.items()}
     ids = set(_first(full["instances"], ids) if isinstance(ids, int) else ids)
     cut = {kind: _cut(path, ids) for kind, path in full.items()}
+    for name in names.values(): _same(root / "annotations" / name, ids)
+    urls = [f"{base_url.rstrip('/')}/{split}/{i['file_name']}" for i in cut["instances"]["images"]]
+    _pictures(urls, root / split, at_once, progress, how)
     for kind, content in cut.items():
-        there = root / "annotations" / f"{kind}_{split}.json"
-        if there.exists() and {i["id"] for i in json.loads(there.read_text())["images"]} != ids:
-            raise DownloadError(f"'{there}' has other pictures: choose another --root, or delete it")
-    names = [image["file_name"] for image in cut["instances"]["images"]]
-    with ThreadPoolExecutor(at_once) as pool:
-        jobs = pool.map(lambda name: _picture(base_url, split, root, name, how), names)
-        errors = [e for e in tqdm(jobs, total=len(names), desc=split, leave=False, disable=None if progress is None else not progress) if e]
-    if errors: raise DownloadError(f"{len(errors)} of {len(names)} pictures are missing; the first: {errors[0]}")
-    for kind, content in cut.items():
-        with atomic(root / "annotations" / f"{kind}_{split}.json") as part: part.write_text(json.dumps(content), encoding="utf-8")
-    return len(names)
+        with atomic(root / "annotations" / names[kind]) as part:
+            part.write_text(json.dumps(content), encoding="utf-8")
+    return len(urls)
 
 # %% ../nbs/appendix/download.ipynb #a6c2eb46
 def read_ids(
     path:str|Path, # numbers with spaces, commas or line ends between them, or a JSON list or object
 ) -> list[int]:
     "The ids in a file; `DownloadError` if there is anything else in it, or nothing."
-    try: words = re.sub(r'"\s*:\s*\d+|[][{}",]', " ", Path(path).read_text(encoding="utf-8")).split()
-    except (OSError, UnicodeDecodeError) as e: raise DownloadError(f"cannot read '{path}': {getattr(e, 'strerror', None) or 'it is no text'}") from None
+    try: text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = getattr(e, "strerror", None) or "it is no text"
+        raise DownloadError(f"cannot read '{path}': {reason}") from None
+    words = re.sub(r'"\s*:\s*\d+|[][{}",]', " ", text).split()
     wrong = [w for w in words if not w.isascii() or not w.isdigit()]
-    if wrong or not words: raise DownloadError(f"'{path}' should hold image ids: " + (f"{wrong[0]!r} is no number" if wrong else "it is empty"))
-    return sorted({int(w) for w in words})
+    if words and not wrong: return sorted({int(w) for w in words})
+    raise DownloadError(f"'{path}' should hold image ids: " +
+                        (f"{wrong[0]!r} is no number" if wrong else "it is empty"))

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -33,9 +34,10 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.ranges, self.faults, self.log, self.etag = {"/f": BODY}, True, [], [], '"1"'
+        self.delay = 0.0
         self.url = f"http://127.0.0.1:{self.server_port}"
 
-    def handle_error(self, request, address): pass
+    def handle_error(self, request, client_address): pass
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -44,6 +46,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         s, asked = self.server, self.headers.get("Range")
         s.log.append((self.path, asked))
+        threading.Event().wait(s.delay)
         fault, body = s.faults.pop(0) if s.faults else None, s.content.get(self.path)
         if isinstance(fault, int) or body is None:
             return self.send_error(fault or 404)
@@ -173,6 +176,24 @@ def test_a_full_disk_is_one_line_and_the_rest_is_kept(server, tmp_path, monkeypa
     assert get(server, tmp_path).read_bytes() == BODY
 
 
+def test_it_waits_twice_as_long_each_time_and_a_minute_at_most(server, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(module.time, "sleep", waits.append)
+    server.faults = [500] * 9
+    with pytest.raises(DownloadError, match="gave up after 9"):
+        get(server, tmp_path, tries=9, wait=1.0)
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+    waits.clear()
+    server.faults = [500, "cut", 500, "cut"]  # new bytes begin the count anew
+    assert get(server, tmp_path, wait=1.0).read_bytes() == BODY and waits == [1, 1, 2, 1]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DownloadError, match="cannot write"):
+        fetch(server.url + "/f", tmp_path / "file" / "sub" / "f", **QUICK)
+
+
 def test_an_interrupt_leaves_no_file_and_the_next_call_goes_on(server, tmp_path, monkeypatch):
     def stop(*args): raise KeyboardInterrupt
     server.faults = ["cut"]
@@ -296,6 +317,41 @@ def test_single_pictures_come_with_annotations_cut_to_them(server, coco):
     assert download_pictures(coco, "val2017", [285, 632], **how) == 2 and not server.log
     with pytest.raises(DownloadError, match="has other pictures"):
         download_pictures(coco, "val2017", 1, **how)
+
+
+AGAIN = """
+import sys
+from mmfuse import download as d
+root, url, size, md5 = sys.argv[1:]
+d.PARTS["annotations"] = d.Part(d.PARTS["annotations"].where, int(size), md5, 9999, "annotations")
+try: d.download_pictures(root, "val2017", 40, base_url=url, progress=False)
+except KeyboardInterrupt: sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
+def test_a_process_that_is_stopped_leaves_whole_files_and_the_next_one_goes_on(server, tmp_path, how):
+    pictures = {f"/val2017/{i:012d}.jpg": b"\xff\xd8" + os.urandom(20_000) for i in range(1, 41)}
+    images = [dict(id=i, file_name=f"{i:012d}.jpg") for i in range(1, 41)]
+    text = json.dumps(dict(images=images, annotations=[], categories=[]))
+    body = make_zip(tmp_path / "made.zip", {f"annotations/{k}_val2017.json": text for k in ("instances", "captions")}).read_bytes()
+    server.content = {**pictures, "/" + PARTS["annotations"].where: body}
+    args = [sys.executable, "-c", AGAIN, str(tmp_path / "coco"), server.url, str(len(body)), hashlib.md5(body).hexdigest()]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    server.delay = 0.2
+    process = subprocess.Popen(args, env=env)
+    while len(server.log) < 12:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, how))
+    assert process.wait(timeout=30) == {"SIGINT": 130, "SIGKILL": -9}[how]
+    assert len(server.log) < 40, "those that had not begun are not fetched"
+    there = [p for p in (tmp_path / "coco" / "val2017").iterdir() if not p.name.startswith(".")]
+    assert all(p.read_bytes() == pictures[f"/val2017/{p.name}"] for p in there) and not (tmp_path / "coco" / "annotations").exists()
+    server.delay = 0
+    assert subprocess.run(args, env=env).returncode == 0
+    assert {f"/val2017/{p.name}": p.read_bytes() for p in (tmp_path / "coco" / "val2017").iterdir()} == pictures
+    assert visible(tmp_path / "coco" / "annotations") == ["captions_val2017.json", "instances_val2017.json"]
 
 
 def test_a_missing_or_wrong_picture_leaves_no_annotations(server, coco):
