@@ -207,6 +207,7 @@ def train(
     patience: Annotated[Optional[int], typer.Option(help="epochs without a better validation mAP before it ends; 0: all epochs (0)")] = None,
     precision: Annotated[Optional[str], typer.Option(help="fp32, bf16, or fp16 on a GPU (fp32)")] = None,
     seed: Annotated[Optional[int], typer.Option(help="what everything random begins from (0)")] = None,
+    compile: Annotated[Optional[bool], typer.Option("--compile", help="torch.compile: pays on a GPU, after a minute")] = None,
     end_to_end: Annotated[Optional[bool], typer.Option("--end-to-end", help="train the encoders too, from pictures and captions")] = None,
     head_epochs: Annotated[Optional[int], typer.Option(help="end to end: epochs in which the head learns alone (1)")] = None,
     encoder_lr: Annotated[Optional[float], typer.Option(help="end to end: the encoders' rate, as a share of the head's (0.1)")] = None,

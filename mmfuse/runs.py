@@ -175,7 +175,9 @@ class Trainer:
         accelerator:Accelerator, # where
     ):
         self.model, self.feed, self.settings, self.accelerator = model, feed, settings, accelerator
-        self.objective, self.optimizer = accelerator.prepare(Objective(model), torch.optim.AdamW(groups_of(model, settings), lr=settings.lr))
+        objective, fused = Objective(model), accelerator.device.type == "cuda"
+        if settings.compile: objective.compile()
+        self.objective, self.optimizer = accelerator.prepare(objective, torch.optim.AdamW(groups_of(model, settings), lr=settings.lr, fused=fused))
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True) if settings.ema else None
         self.progress, self.norm, self.stream = Progress(), 0.0, None
         self.per_epoch = math.ceil(len(feed) / settings.batch_size)

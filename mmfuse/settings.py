@@ -37,6 +37,7 @@ class Settings:
     ema:float = 0.0 # decay a step of the averaged weights that are judged and saved; 0: no average
     patience:int = 0 # epochs without a better validation mAP before it ends; 0: all epochs
     precision:str = "fp32" # or bf16, or fp16 on a GPU
+    compile:bool = False # torch.compile: pays on a GPU, after a minute
     seed:int = 0 # what everything random begins from
     end_to_end:bool = False # train the encoders too, from pictures and captions
     head_epochs:int = 1 # end to end: epochs in which the head learns alone, before the encoders join
