@@ -53,7 +53,7 @@ def write_shard(
     except OSError as e:
         raise MmfuseError(f"cannot write '{path}' ({e.strerror or e}): make room and run the same command again; finished shards are kept") from None
 
-# %% ../nbs/appendix/shards.ipynb #6f52aa48
+# %% ../nbs/appendix/shards.ipynb #71817163
 def _scan(path:Path) -> list[dict]: # in order: image_id, categories, captions' digest, and where picture and JSON lie
     "What a shard holds; `CocoError` if it is no shard."
     found: dict[str, dict] = {}
@@ -69,7 +69,8 @@ def _scan(path:Path) -> list[dict]: # in order: image_id, categories, captions' 
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as e:
         raise CocoError(f"'{path}' is no shard ({type(e).__name__}: {e}): delete it and run `mmfuse shard` again") from None
     bad = next((k for k, row in found.items() if not {"json", "picture"} <= row.keys()), None)
-    if bad is not None or not found: raise CocoError(f"'{path}' is no shard: {f'sample {bad} lacks its picture or its JSON' if bad else 'it is empty'}; delete it and run `mmfuse shard` again")
+    wrong = f"sample {bad} lacks its picture or its JSON" if bad else "" if found else "it is empty"
+    if wrong: raise CocoError(f"'{path}' is no shard: {wrong}; delete it and run `mmfuse shard` again")
     return list(found.values())
 
 # %% ../nbs/appendix/shards.ipynb #fdfe2289
@@ -131,7 +132,48 @@ def make_shards(
     if part is None: write_index(folder, list(dataset.classes), list(dataset.category_ids), progress=progress)
     return written
 
-# %% ../nbs/appendix/shards.ipynb #e638d195
+# %% ../nbs/appendix/shards.ipynb #517dc561
+class _Tars:
+    "The tars of a folder, read by number of the sample."
+    def __init__(self, folder:Path):
+        "`CocoError` if there is no index, or a tar is not the one that was indexed."
+        self.folder, path = folder, folder / "index.safetensors"
+        try:
+            with safe_open(path, "np") as f:
+                self.about = json.loads(f.metadata()["mmfuse"])
+                self.index = {name: f.get_tensor(name) for name in f.keys()}
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
+            raise CocoError(f"cannot read '{path}' ({str(e).splitlines()[0]}): "
+                            "run `mmfuse shard` again") from None
+        for name, size in self.about["shards"]:
+            there = folder / name
+            if not there.is_file() or there.stat().st_size != size:
+                raise CocoError(f"'{there}' is not the file that was indexed: "
+                                "copy it again, or run `mmfuse shard` again")
+        self.handle = lru_cache(32)(self.open)
+
+    def __reduce__(self): return _Tars, (self.folder,)
+    def name(self, shard:int) -> str: return self.about["shards"][shard][0]
+    def open(self, shard:int): return open(self.folder / self.name(shard), "rb", buffering=0)
+
+    def read(self, i:int, which:int) -> bytes:
+        "The picture (0) or the JSON (1) of sample `i`."
+        shard = int(np.searchsorted(self.index["first"], i, "right")) - 1
+        at, size = (int(self.index[k][i, which]) for k in ("at", "size"))
+        number = int(self.index["ids"][i])
+        try: data = _pread(self.handle(shard), size, at)
+        except OSError as e:
+            raise CocoError(f"picture {number}: cannot read '{self.name(shard)}': {e.strerror}") from None
+        if len(data) != size:
+            raise CocoError(f"picture {number}: '{self.name(shard)}' ends too early: copy it again")
+        return data
+
+    def said(self, i:int) -> list[str]: return json.loads(self.read(i, 1))["captions"]
+    def labels(self, rows, n_classes:int) -> Tensor: # float32 (N, C)
+        bits = np.atleast_2d(self.index["labels"][rows])
+        return torch.from_numpy(np.unpackbits(bits, axis=1, count=n_classes)).float()
+
+# %% ../nbs/appendix/shards.ipynb #1168a777
 class ShardPairs(Dataset):
     "Pictures with captions and labels from tar files: ROOT/SPLIT/*.tar and the index beside them."
     def __init__(self,
@@ -139,59 +181,34 @@ class ShardPairs(Dataset):
         split:str, # train2017, say
     ):
         "`CocoError` if there is no index, or a tar is not the one that was indexed."
-        self.folder, path = Path(root) / split, Path(root) / split / "index.safetensors"
-        try:
-            with safe_open(path, "np") as f:
-                self.about = json.loads(f.metadata()["mmfuse"])
-                self._index = {name: f.get_tensor(name) for name in f.keys()}
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
-            raise CocoError(f"cannot read '{path}' ({str(e).splitlines()[0]}): run `mmfuse shard` again") from None
-        for name, size in self.about["shards"]:
-            there = self.folder / name
-            if not there.is_file() or there.stat().st_size != size: raise CocoError(f"'{there}' is not the file that was indexed: copy it again, or run `mmfuse shard` again")
-        self.classes, self.category_ids, self.key = (self.about[k] for k in ("classes", "category_ids", "key"))
-        self.image_ids = self._index["ids"].tolist()
-        self.captions = _Rows(self._said, np.arange(len(self.image_ids)))
-        self._handle = lru_cache(32)(self._open)
+        self.tars = _Tars(Path(root) / split)
+        about = self.tars.about
+        self.classes, self.category_ids, self.key = (about[k] for k in ("classes", "category_ids", "key"))
+        self.image_ids = self.tars.index["ids"].tolist()
 
     @property
-    def labels(self) -> Tensor: # float32 (N, C)
-        return self._labels(slice(None))
-
-    def _labels(self, rows) -> Tensor:
-        bits = np.atleast_2d(self._index["labels"][rows])
-        return torch.from_numpy(np.unpackbits(bits, axis=1, count=len(self.classes))).float()
-
-    def _open(self, shard:int): return open(self.folder / self.about["shards"][shard][0], "rb", buffering=0)
-    def _bytes(self, i:int, which:int) -> bytes:
-        "The picture (0) or the JSON (1) of sample `i`."
-        shard, size = int(np.searchsorted(self._index["first"], i, "right")) - 1, int(self._index["size"][i, which])
-        try: data = _pread(self._handle(shard), size, int(self._index["at"][i, which]))
-        except OSError as e: raise CocoError(f"picture {self.image_ids[i]}: cannot read '{self.about['shards'][shard][0]}': {e.strerror}") from None
-        if len(data) != size: raise CocoError(f"picture {self.image_ids[i]}: '{self.about['shards'][shard][0]}' ends too early: copy it again")
-        return data
-
-    def _said(self, i:int) -> list[str]: return json.loads(self._bytes(i, 1))["captions"]
-    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k not in ("_handle", "captions")}
-    def __setstate__(self, state):
-        self.__dict__.update(state, _handle=lru_cache(32)(self._open))
-        self.captions = _Rows(self._said, np.arange(len(self.image_ids)))
+    def labels(self) -> Tensor: return self.tars.labels(slice(None), len(self.classes)) # (N, C)
+    @property
+    def captions(self) -> Sequence[list[str]]: return _Rows(self.tars.said, np.arange(len(self)))
 
     def __len__(self) -> int: return len(self.image_ids)
     def __getitem__(self, i:int) -> Sample:
         "Decode picture `i`; `CocoError` names its id and its shard if that fails."
         i = range(len(self))[i]
-        image = decode_bytes(self._bytes(i, 0), f"{self.image_ids[i]:012} of '{self.folder}'")
-        return Sample(image, self.captions[i], self._labels(i)[0], self.image_ids[i])
+        image = decode_bytes(self.tars.read(i, 0), f"{self.image_ids[i]:012} of '{self.tars.folder}'")
+        labels = self.tars.labels(i, len(self.classes))[0]
+        return Sample(image, self.tars.said(i), labels, self.image_ids[i])
 
     def order(self,
         rng:np.random.Generator, # where chance comes from
         together:int=8, # shards whose pictures are shuffled among each other
     ) -> np.ndarray: # (N,) every row once
         "The order of an epoch: shards at random, then pictures of a few shards at random."
-        first, shards = self._index["first"], rng.permutation(len(self.about["shards"]))
-        groups = [np.concatenate([np.arange(first[s], first[s + 1]) for s in shards[g:g + together]]) for g in range(0, len(shards), together)]
-        return np.concatenate([rng.permutation(g) for g in groups])
+        first = self.tars.index["first"]
+        shards = rng.permutation(len(first) - 1)
+        rows = [np.arange(first[s], first[s + 1]) for s in shards]
+        groups = [rows[g:g + together] for g in range(0, len(rows), together)]
+        return np.concatenate([rng.permutation(np.concatenate(g)) for g in groups])
 
 # %% ../nbs/appendix/shards.ipynb #406d01c4
 def _pread(file, size:int, at:int) -> bytes:

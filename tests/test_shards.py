@@ -60,7 +60,7 @@ def test_an_epoch_is_every_picture_once_from_few_shards_at_a_time(together, shar
     assert sorted(order.tolist()) == list(range(37))
     assert np.array_equal(order, shards.order(np.random.default_rng(3), together))
     assert not np.array_equal(order, shards.order(np.random.default_rng(4), together))
-    of = np.searchsorted(shards._index["first"], order, "right") - 1
+    of = np.searchsorted(shards.tars.index["first"], order, "right") - 1
     runs = [of[i] for i in range(len(of)) if i == 0 or of[i] != of[i - 1]]
     opened = []  # shards, each when it is first needed; one that was left for a later group never comes back
     for shard in runs:

@@ -1,8 +1,8 @@
 """Staged unfreezing: encoders frozen, all at once, all at once with a small rate, and the head alone first.
 
-    python tests/bench/bench_unfreezing.py        writes nbs/results/unfreezing.json; fifteen minutes on one core
+    python tests/bench/bench_unfreezing.py        writes nbs/results/unfreezing.json; eight minutes on one core
 
-The toy COCO, tiny encoders, the joint head, `mmfuse.runs.train_end_to_end`; 600 pictures to train on, 500 to judge on, the same
+The toy COCO, tiny encoders, the joint head, `mmfuse.runs.train_end_to_end`; 400 pictures to train on, 250 to judge on, the same
 number of epochs and the same seeds for each arm. Differences to "frozen" are paired over test pictures, seeds averaged.
 """
 
@@ -39,7 +39,7 @@ class First:
 def main():
     torch.set_num_threads(1)
     root, start, found, scores = toy_coco(), time.perf_counter(), {}, {}
-    train, val = First(CocoPairs(root, "train2017"), 600), CocoPairs(root, "val2017")
+    train, val = First(CocoPairs(root, "train2017"), 400), First(CocoPairs(root, "val2017"), 250)
     for name, more in ARMS.items():
         each, histories = [], []
         for seed in range(SEEDS):
@@ -55,7 +55,7 @@ def main():
     for name in list(ARMS)[1:]:
         gains = [paired_bootstrap(a, b, val.labels, n=1000) for a, b in zip(scores[name], scores["frozen"])]
         found[name]["minus_frozen"] = [round(float(x), 4) for x in np.mean(gains, 0)]
-    content = dict(epochs=EPOCHS, arms=found, provenance=provenance(data="toy COCO, 600 and 500 pictures", seeds=SEEDS, minutes=round((time.perf_counter() - start) / 60, 1)))
+    content = dict(epochs=EPOCHS, arms=found, provenance=provenance(data="toy COCO, 400 and 250 pictures", seeds=SEEDS, minutes=round((time.perf_counter() - start) / 60, 1)))
     with atomic(OUT) as path: path.write_text(json.dumps(content, indent=1) + "\n")
 
 
