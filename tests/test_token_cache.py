@@ -17,7 +17,8 @@ from torch import nn
 import mmfuse.token_cache as tc
 from mmfuse.data import Sample
 from mmfuse.files import MmfuseError
-from mmfuse.token_cache import CaptionTokens, cache_info, cache_tokens, checksum, clear_cache, to_half
+from mmfuse.token_cache import (CaptionTokens, cache_info, cache_size, cache_tokens, checksum, clear_cache, text_rows,
+                                to_half)
 
 WORDS = "a the red green dog cat sits runs on under big table".split()
 
@@ -209,6 +210,24 @@ def test_a_killed_process_leaves_no_lock_and_nothing_that_looks_finished(tmp_pat
     assert all(e["complete"] for e in cache_info(tmp_path / "cache"))
 
 
+def test_pictures_without_a_caption_get_zeros_even_in_a_row(tmp_path):
+    data = Data()
+    data.captions[4:20] = [[] for _ in range(16)]
+    rows = list(text_rows(CaptionTokens(data, Texts(), 2), pool=4))
+    txt, mask = (np.concatenate([r[k] for r in rows]) for k in ("txt", "mask"))
+    assert not mask[4:20].any() and not txt[4:20].any() and mask.dtype == np.bool_
+    assert mask[[*range(4), *range(20, 23)], 0].any(1).all()
+    for _ in range(4): assert len(cache_tokens(data, Images(), Texts(), cache_dir=tmp_path, progress=False)) == 23
+
+
+def test_a_caption_that_overflows_is_blamed_on_a_picture_that_has_it(make):
+    make.dataset.captions[7] = ["big big big"]
+    make.text_encoder.table.weight.data[1 + WORDS.index("big")] = 1e6
+    owners = [i for i, c in zip(make.dataset.image_ids, make.dataset.captions) if any("big" in x.split() for x in c[:3])]
+    with pytest.raises(MmfuseError, match="its text tokens reach") as e: make()
+    assert int(str(e.value).split()[1].rstrip(":")) in owners
+
+
 # -- refused, with a reason -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind,file", [("image", "img.npy"), ("text", "txt.npy"), ("text", "mask.npy"), ("text", "meta.json")])
@@ -261,7 +280,27 @@ def test_tokens_that_are_not_finite_are_refused_by_picture(make, value, reason):
 def test_a_disk_that_is_too_small_is_refused_before_any_work(make, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=(64 << 20) + 100))
     with pytest.raises(MmfuseError, match="needs 0.00 GB in .* free: choose another --cache-dir"): make()
-    assert not list(make.dir.glob("*.part")) and make.image_encoder.calls == 0
+    assert not list(make.dir.glob("*.part")) and make.image_encoder.calls <= 1, "one picture, for the shape"
+
+
+def test_the_size_is_known_and_said_before_the_work(make, capsys, tmp_path):
+    data, images, texts = make.dataset, make.image_encoder, make.text_encoder
+    said = cache_size(data, images, texts, n_captions=3)
+    make(progress=True)
+    told = capsys.readouterr().err
+    assert told.index("token cache: 0.00 GB (text 0.00, image 0.00) go to") < told.index("text tokens (0 MB)")
+    arrays = {kind: sum(p.stat().st_size - 128 for p in entry(make, kind).glob("*.npy")) for kind in said}
+    assert arrays == said, "each file is a header of 128 bytes and its rows"
+    make(progress=True)
+    assert "go to" not in capsys.readouterr().err, "nothing is going to be written"
+
+
+def test_a_half_that_is_there_needs_no_room_and_an_interrupted_one_has_its_own(make, monkeypatch):
+    images = Images()
+    images.stop_at = 3
+    with pytest.raises(KeyboardInterrupt): make(image_encoder=images)
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=64 << 20))
+    assert len(make()) == 23
 
 
 def test_a_place_that_cannot_be_written_is_one_line(make, tmp_path):
