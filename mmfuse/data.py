@@ -479,9 +479,9 @@ class _Indexed(Dataset):
         with ThreadPoolExecutor() as pool: errors = list(pool.map(error, self._paths))
         self.skipped = [(i, e) for i, e in zip(self.image_ids, errors) if e]
         self.__dict__.update(self._read())
-        if self.skipped:
-            warnings.warn(f"{len(self.skipped)} of {len(errors)} pictures of '{self.split}' are left "
-                          f"out; the first: {self.skipped[0][1]}", stacklevel=3)
+        if not self.skipped: return
+        n, of = len(self.skipped), len(errors)
+        warnings.warn(f"{n} of {of} pictures of '{self.split}' are left out; the first: {self.skipped[0][1]}", stacklevel=3)
 
     def __getstate__(self) -> dict:
         def same(a, b):
