@@ -593,6 +593,11 @@ _KINDS = [dict(id=_NUMBER[c], name=c, supercategory=g) for g, members in _GROUPS
 _HEAD = dict(info=dict(description="toy COCO, drawn by mmfuse", version=str(EDITION)),
              licenses=[dict(id=1, name="CC0-1.0: drawn by a program",
                             url="https://creativecommons.org/publicdomain/zero/1.0/")])
+def _boxes(placed:list, world:World, i:int, first:int) -> list[dict]:
+    "COCO's annotations of picture `i`; their ids count on from `first`."
+    rounded = [(c, [round(v, 1) for v in box]) for c, box, _ in placed]
+    return [dict(id=first + n, image_id=i, category_id=_NUMBER[world.classes[c]], bbox=box,
+                 area=round(box[2] * box[3], 1), iscrowd=0) for n, (c, box) in enumerate(rounded)]
 def _write_split(folder:Path, split:str, ids:range, world:World, seed:int):
     "Pictures, two annotation files and the record of one split."
     images, boxes, captions, records = [], [], [], []
@@ -604,11 +609,7 @@ def _write_split(folder:Path, split:str, ids:range, world:World, seed:int):
         name = f"{i:012d}.jpg"
         paint(record, placed, world, rng).save(folder / split / name, quality=90)
         images.append(dict(id=i, file_name=name, width=SIZE[0], height=SIZE[1], license=1))
-        for c, box, _ in placed:
-            x, y, w, h = (round(v, 1) for v in box)
-            boxes.append(dict(id=len(boxes) + 1 + ids[0] * 100, image_id=i,
-                              category_id=_NUMBER[world.classes[c]], bbox=[x, y, w, h],
-                              area=round(w * h, 1), iscrowd=0))
+        boxes += _boxes(placed, world, i, len(boxes) + 1 + ids[0] * 100)
         captions += [dict(id=i * 10 + k, image_id=i, caption=write_caption(record, k, world, rng))
                      for k in range(5)]
         objects = {str(c): state for c, state in record["objects"].items()}
