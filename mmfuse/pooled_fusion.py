@@ -196,12 +196,6 @@ class ArticleHead(FusionHead):
         self.attention = nn.MultiheadAttention(d_text, math.gcd(8, d_text), batch_first=True)
         self.classifier = nn.Linear(d_text, n_classes)
 
-    @torch.no_grad()
-    def set_statistics(self, img:Tensor, txt:Tensor, mask:Tensor):
-        "As every head does; but the text's scale is that of the first token, which is all it reads."
-        super().set_statistics(img, txt, mask)
-        self.z_text.fit(torch.where(mask[:, :1], txt[:, 0], 0)); self.no_text.copy_(self.z_text.mean)
-
     def two_tokens(self, img:Tensor|None, txt:Tensor|None, mask:Tensor|None) -> Tensor: # (B, 2, Dt)
         "The pooled, projected image and the caption's first token."
         img, txt, mask = self.complete(img, txt, mask)

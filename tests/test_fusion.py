@@ -429,17 +429,6 @@ def test_the_article_against_the_library():
     torch.testing.assert_close(head(*args), head.classifier(fused[:, 0]), atol=1e-5, rtol=1e-5)
 
 
-def test_the_article_standardizes_what_it_reads():
-    "The first token has its own statistics, not those of the mean over words."
-    img, txt, mask = inputs(b=200)
-    txt[:, 0] = 5 + 3 * txt[:, 0]
-    head = make("article")
-    head.set_statistics(img, txt, mask)
-    seen = head.two_tokens(img, txt, mask)[:, 1]
-    torch.testing.assert_close(seen.mean(0), torch.zeros(DT), atol=1e-4, rtol=0)
-    torch.testing.assert_close(seen.std(0), torch.ones(DT), atol=0.01, rtol=0)
-
-
 def test_label_query_begins_as_the_joint_head_and_answers_to_new_names():
     head = make_head("label_query", DI, DT, C, width=16, names=torch.randn(C, DT)).eval()
     args = inputs()

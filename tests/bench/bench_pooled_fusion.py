@@ -27,7 +27,6 @@ from mmfuse.pooled_fusion import (
     ArticleHead,
     ConcatHead,
     FilmHead,
-    FusionHead,
     GatedHead,
     ImageHead,
     JointHead,
@@ -79,8 +78,6 @@ class NoAttention(ReadBoth):
 
 class MeanOfWords(NoAttention):
     "The mean of the real words in place of [CLS]."
-
-    set_statistics = FusionHead.set_statistics
 
     def two_tokens(self, img, txt, mask):
         x_i, x_t = self.pooled(img, txt, mask)
