@@ -24,7 +24,8 @@ from .preprocessing import Batch, _Drawn, collate
 from .settings import Settings
 from .text_encoder import TextEncoder
 from .token_cache import Tokens
-from .training import _start, batches, choose_captions, decay_groups, hide_modality, predict, shares, take
+from .training import (_start, batches, choose_captions, decay_groups, hide_modality, predict,
+                             shares, take)
 
 # %% ../nbs/appendix/feeds.ipynb #26b04c21
 @dataclass
@@ -91,7 +92,8 @@ class TokenFeed:
             yield Work(self.tokens.image_id[rows.numpy()].tolist(), pieces)
 
     def tensors(self) -> dict[str, Tensor]: # the state
-        return {"feed.chance": self.chance.get_state(), "feed.rows": torch.cat([torch.zeros(0).long(), *self.plan]),
+        return {"feed.chance": self.chance.get_state(),
+                "feed.rows": torch.cat([torch.zeros(0).long(), *self.plan]),
                 "feed.sizes": torch.tensor([len(b) for b in self.plan]).long()}
 
     def restore(self, tensors:dict[str, Tensor]):
@@ -106,17 +108,20 @@ class TokenFeed:
 class _Plan(Sampler):
     "This process's parts of each batch of an epoch, as keys `(epoch, row)`; an empty part has one key, and share 0."
     def __init__(self, dataset, settings:Settings, accelerator:Accelerator):
-        self.dataset, self.settings, self.accelerator, self.at = dataset, settings, accelerator, (0, 0)
+        self.dataset, self.settings, self.accelerator, self.at = dataset, settings, accelerator, (0,
+            0)
 
     def batches(self) -> Iterator[np.ndarray]: # rows of each batch, from the one where it stands
         epoch, start = self.at
         rng, size = np.random.default_rng([self.settings.seed, epoch]), self.settings.batch_size
-        order = self.dataset.order(rng) if hasattr(self.dataset, "order") else rng.permutation(len(self.dataset))
+        order = self.dataset.order(rng) if hasattr(self.dataset,
+                                                   "order") else rng.permutation(len(self.dataset))
         for b in range(start * size, len(order), size): yield order[b:b + size]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for rows in self.batches():
-            for places, _ in _mine(len(rows), self.settings, self.accelerator): yield [(self.at[0], int(i)) for i in rows[places.numpy()]]
+            for places, _ in _mine(len(rows), self.settings, self.accelerator):
+                yield [(self.at[0], int(i)) for i in rows[places.numpy()]]
 
 # %% ../nbs/appendix/feeds.ipynb #96beec85
 def _shown(settings:Settings, epoch:int, batch:int) -> list[bool]: # image, text
@@ -136,7 +141,8 @@ class PictureFeed:
         accelerator:Accelerator, # which process this is, and where tensors go
     ):
         self.dataset, self.image, self.settings, self.accelerator = dataset, image, settings, accelerator
-        self.labels, self.together = dataset.labels, partial(collate, transform=None, tokenizer=text.tokenizer)
+        self.labels, self.together = dataset.labels, partial(collate, transform=None,
+                                                             tokenizer=text.tokenizer)
         self.plan = _Plan(dataset, settings, accelerator)
         self.key = hashlib.sha256(f"{dataset.key} {image.key} {text.key}".encode()).hexdigest()[:16]
         self.loader = self._loader(image.transform(train=True), "random", self.plan)
@@ -145,9 +151,10 @@ class PictureFeed:
 
     def _loader(self, transform, caption, batches) -> DataLoader: # of `Batch`
         if self.settings.workers: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        return DataLoader(_Drawn(self.dataset, transform, self.settings.seed, caption), batch_sampler=batches, collate_fn=self.together,
+        return DataLoader(_Drawn(self.dataset, transform, self.settings.seed, caption),
+                          batch_sampler=batches, collate_fn=self.together,
                           num_workers=self.settings.workers, pin_memory=torch.cuda.is_available(),
-                          generator=torch.Generator(), # its own: a restart must not draw from the global one
+                          generator=torch.Generator(), # not the global one
                           persistent_workers=self.settings.workers > 0)
 
     def epoch(self,
@@ -161,13 +168,16 @@ class PictureFeed:
             shown, pieces = _shown(s, epoch, b), []
             for _, share in _mine(len(rows), s, self.accelerator):
                 batch = next(loader).to(self.accelerator.device, non_blocking=True)
-                pieces.append(Piece(batch.labels, (batch.image if shown[0] else None, batch.input_ids if shown[1] else None, batch.mask), share))
+                pieces.append(Piece(batch.labels, (batch.image if shown[0] else None,
+                                                   batch.input_ids if shown[1] else None,
+                                                   batch.mask), share))
             yield Work([self.dataset.image_ids[int(i)] for i in rows], pieces)
 
     def _in_order(self, start:int, stop:int, size:int=64) -> Iterator[Batch]: # on the device
         "Rows as a validation sees them: no random crop, the first caption."
         keys = [[(0, i) for i in range(b, min(b + size, stop))] for b in range(start, stop, size)]
-        for batch in self._loader(self.image.transform(train=False), 0, keys): yield batch.to(self.accelerator.device, non_blocking=True)
+        for batch in self._loader(self.image.transform(train=False), 0, keys):
+            yield batch.to(self.accelerator.device, non_blocking=True)
 
     def start(self, model:nn.Module): _set_scale(model, self._in_order(0, min(256, len(self))))
     def tensors(self) -> dict[str, Tensor]: return {}
@@ -183,10 +193,12 @@ def _set_scale(model:nn.Module, some:Iterator[Batch]):
     "Give a head that asks for it the scale of its inputs."
     if not hasattr(model.head, "set_statistics"): return
     model.eval()
-    img, txt, mask = zip(*((model.image(b.image), model.text(b.input_ids, b.mask), b.mask) for b in some))
+    img, txt, mask = zip(*((model.image(b.image), model.text(b.input_ids, b.mask),
+                            b.mask) for b in some))
     longest = max(m.shape[1] for m in mask)
     def pad(x): # (N, T, ...)
-        return torch.cat([nn.functional.pad(t, [0, 0] * (t.ndim - 2) + [0, longest - t.shape[1]]) for t in x])
+        return torch.cat([nn.functional.pad(t, [0, 0] * (t.ndim - 2) + [0,
+            longest - t.shape[1]]) for t in x])
     model.head.set_statistics(torch.cat(img), pad(txt), pad(mask))
 
 @torch.no_grad()
@@ -220,14 +232,18 @@ class EndToEnd(nn.Module):
             if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
         return self
 
-    def tokens(self, image:Tensor|None, ids:Tensor|None, mask:Tensor|None) -> tuple: # what a head takes
+    def tokens(self, image:Tensor|None, ids:Tensor|None,
+               mask:Tensor|None) -> tuple: # what a head takes
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.alone):
-            return (None if image is None else self.image(image), None if ids is None else self.text(ids, mask), None if ids is None else mask)
+            return (None if image is None else self.image(image),
+                    None if ids is None else self.text(ids, mask), None if ids is None else mask)
 
-    def forward(self, image:Tensor|None, ids:Tensor|None=None, mask:Tensor|None=None) -> Tensor: # (B, C)
+    def forward(self, image:Tensor|None, ids:Tensor|None=None,
+                mask:Tensor|None=None) -> Tensor: # (B, C)
         return self.head(*self.tokens(image, ids, mask))
 
-    def parts(self, image:Tensor|None, ids:Tensor|None=None, mask:Tensor|None=None) -> list[Tensor]: # logits, each with a loss of its own
+    def parts(self, image:Tensor|None, ids:Tensor|None=None,
+              mask:Tensor|None=None) -> list[Tensor]: # logits, each with a loss of its own
         inputs = self.tokens(image, ids, mask)
         return self.head.parts(*inputs) if hasattr(self.head, "parts") else [self.head(*inputs)]
 
@@ -238,7 +254,9 @@ def groups_of(
 ) -> list[dict]: # for a torch optimizer; `rate` is the largest learning rate
     "All parameters that learn, in groups with their rates, decays and beginnings."
     s = settings
-    groups = [dict(g, rate=s.lr, begin=0) for g in decay_groups(getattr(model, "head", model) if s.end_to_end else model, s.weight_decay)]
+    groups = [dict(g, rate=s.lr, begin=0) for g in decay_groups(getattr(model, "head",
+        model) if s.end_to_end else model, s.weight_decay)]
     for encoder in (model.image, model.text) if s.end_to_end else ():
-        groups += [dict(g, rate=g["lr"], begin=s.head_epochs) for g in parameter_groups(encoder, s.lr * s.encoder_lr, weight_decay=s.weight_decay)]
+        groups += [dict(g, rate=g["lr"], begin=s.head_epochs) for g in parameter_groups(encoder,
+            s.lr * s.encoder_lr, weight_decay=s.weight_decay)]
     return [g for g in groups if g["params"]]

@@ -66,11 +66,14 @@ def save_tensors(
     **info, # anything that JSON can hold
 ):
     "Write a checkpoint; on any failure the file that was there stays."
-    tensors = {k: x.detach().cpu().clone(memory_format=torch.contiguous_format) for k, x in tensors.items()}
+    tensors = {k: x.detach().cpu().clone(memory_format=torch.contiguous_format) for k,
+               x in tensors.items()}
     try:
-        with atomic(path) as part: save_file(tensors, part, {"mmfuse": json.dumps({**info, "crc": _crc(tensors)})})
+        with atomic(path) as part:
+            save_file(tensors, part, {"mmfuse": json.dumps({**info, "crc": _crc(tensors)})})
     except (OSError, SafetensorError) as e:
-        raise MmfuseError(f"cannot write '{path}' ({first_line(e)}); what was there before is untouched: make room, then go on with --resume") from None
+        raise MmfuseError(f"cannot write '{path}' ({first_line(e)}); what was there before is "
+                          f"untouched: make room, then go on with --resume") from None
 
 # %% ../nbs/appendix/runs.ipynb #a70a1fe9
 def load_tensors(
@@ -82,9 +85,13 @@ def load_tensors(
         tensors = load_file(path)
         info = json.loads(text) if text else None
     except (SafetensorError, OSError, ValueError) as e:
-        raise MmfuseError(f"'{path}' is damaged ({first_line(e)}): put a copy back, or begin again with another --out") from None
-    if not isinstance(info, dict) or "crc" not in info: raise MmfuseError(f"'{path}' is no checkpoint of mmfuse: choose another --out")
-    if info.pop("crc") != _crc(tensors): raise MmfuseError(f"'{path}' is damaged (its checksum is wrong): put a copy back, or begin again with another --out")
+        raise MmfuseError(f"'{path}' is damaged ({first_line(e)}): put a copy back, or begin again "
+                          f"with another --out") from None
+    if not isinstance(info, dict) or "crc" not in info:
+        raise MmfuseError(f"'{path}' is no checkpoint of mmfuse: choose another --out")
+    if info.pop("crc") != _crc(tensors):
+        raise MmfuseError(f"'{path}' is damaged (its checksum is wrong): put a copy back, or begin "
+                          f"again with another --out")
     return tensors, info
 
 # %% ../nbs/appendix/runs.ipynb #a264e264
@@ -92,7 +99,8 @@ def optimizer_tensors(
     optimizer:torch.optim.Optimizer, # of any kind whose state is tensors
 ) -> dict[str, Tensor]: # "optimizer.NUMBER.NAME"
     "What an optimizer remembers of each parameter."
-    return {f"optimizer.{i}.{name}": x for i, of in optimizer.state_dict()["state"].items() for name, x in of.items()}
+    return {f"optimizer.{i}.{name}": x for i,
+            of in optimizer.state_dict()["state"].items() for name, x in of.items()}
 
 # %% ../nbs/appendix/runs.ipynb #0b198bd6
 def set_optimizer(
@@ -106,7 +114,8 @@ def set_optimizer(
         if kind == "optimizer":
             i, _, name = rest.partition(".")
             state.setdefault(int(i), {})[name] = x.clone()
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": state,
+                               "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../nbs/appendix/runs.ipynb #ee0d388c
 @dataclass
@@ -134,7 +143,8 @@ def polite_stop():
     "Yield a list that is no longer empty once SIGINT or SIGTERM has come; the second one stops at once."
     asked: list[int] = []
     def note(number, frame):
-        if asked: raise KeyboardInterrupt("stopped at once; --resume goes on from the last checkpoint")
+        if asked:
+            raise KeyboardInterrupt("stopped at once; --resume goes on from the last checkpoint")
         asked.append(number)
     try: before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError: before = {}  # not the main thread: signals are somebody else's
@@ -159,9 +169,13 @@ def make_accelerator(
     "Accelerate's object for this run. Its precision is kept for a whole process, and is put back first."
     AcceleratorState._reset_state()
     mixed = "no" if precision == "fp32" else precision
-    try: accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-    except ValueError as e: raise MmfuseError(f"no {precision} on this machine: {first_line(e)}") from None
-    if precision == "fp16" and accelerator.scaler is None: raise MmfuseError("no fp16 on this machine: it needs a GPU; take bf16")
+    try:
+        accelerator = Accelerator(mixed_precision=mixed,
+                                  kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    except ValueError as e:
+        raise MmfuseError(f"no {precision} on this machine: {first_line(e)}") from None
+    if precision == "fp16" and accelerator.scaler is None:
+        raise MmfuseError("no fp16 on this machine: it needs a GPU; take bf16")
     return accelerator
 
 # %% ../nbs/appendix/runs.ipynb #8f858f94
@@ -177,8 +191,12 @@ class Trainer:
         self.model, self.feed, self.settings, self.accelerator = model, feed, settings, accelerator
         objective, fused = Objective(model), accelerator.device.type == "cuda"
         if settings.compile: objective.compile()
-        self.objective, self.optimizer = accelerator.prepare(objective, torch.optim.AdamW(groups_of(model, settings), lr=settings.lr, fused=fused))
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True) if settings.ema else None
+        self.objective, self.optimizer = accelerator.prepare(objective,
+                                                             torch.optim.AdamW(groups_of(model,
+                                                                 settings), lr=settings.lr,
+                                                                 fused=fused))
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema),
+                                     use_buffers=True) if settings.ema else None
         self.progress, self.norm, self.stream = Progress(), 0.0, None
         self.per_epoch = math.ceil(len(feed) / settings.batch_size)
         torch.manual_seed(settings.seed)
@@ -188,9 +206,11 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         "The state, as far as it is tensors."
-        out = {f"model.{k}": x for k, x in self.model.state_dict().items()} | optimizer_tensors(self.optimizer) | self.feed.tensors()
+        out = {f"model.{k}": x for k,
+               x in self.model.state_dict().items()} | optimizer_tensors(self.optimizer) | self.feed.tensors()
         if self.average: out |= {f"average.{k}": x for k, x in self.average.state_dict().items()}
-        if self.accelerator.device.type == "cuda": out["rng.cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
+        if self.accelerator.device.type == "cuda":
+            out["rng.cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
         return out | {"rng.torch": torch.get_rng_state()}
 
     def numbers(self) -> dict: # what of the state is not tensors
@@ -199,13 +219,16 @@ class Trainer:
 
     def restore(self, tensors:dict[str, Tensor], numbers:dict):
         "Go back to a state."
-        part = lambda name: {k.removeprefix(name): x for k, x in tensors.items() if k.startswith(name)}
+        part = lambda name: {k.removeprefix(name): x for k,
+                             x in tensors.items() if k.startswith(name)}
         self.model.load_state_dict(part("model."))
         set_optimizer(self.optimizer, tensors)
         if self.average: self.average.load_state_dict(part("average."))
-        if "rng.cuda" in tensors and self.accelerator.device.type == "cuda": torch.cuda.set_rng_state(tensors["rng.cuda"], self.accelerator.device)
+        if "rng.cuda" in tensors and self.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.accelerator.device)
         torch.set_rng_state(tensors["rng.torch"])
-        if self.accelerator.scaler and numbers["scaler"]: self.accelerator.scaler.load_state_dict(numbers["scaler"])
+        if self.accelerator.scaler and numbers["scaler"]:
+            self.accelerator.scaler.load_state_dict(numbers["scaler"])
         self.feed.restore(tensors)
         self.progress, self.stream = Progress(**numbers["progress"]), None
 
@@ -215,7 +238,8 @@ def _set_rates(trainer:Trainer):
     t = trainer
     for group in t.optimizer.param_groups:
         before = group["begin"] * t.per_epoch
-        group["lr"] = group["rate"] * warmup_cosine(max(0, t.progress.step - before), max(1, t.settings.epochs * t.per_epoch - before))
+        group["lr"] = group["rate"] * warmup_cosine(max(0, t.progress.step - before),
+                                                    max(1, t.settings.epochs * t.per_epoch - before))
 
 def _gradient(trainer:Trainer, work:Work) -> float: # the loss of the batch
     "Gradients of a batch, whoever computes which part."
@@ -233,7 +257,8 @@ def _gradient(trainer:Trainer, work:Work) -> float: # the loss of the batch
     norm = nn.utils.get_total_norm([p.grad for p in t.model.parameters() if p.grad is not None])
     loss, t.norm = torch.stack([total, norm]).tolist()
     if not (loss < EXPLODED and (acc.scaler or math.isfinite(t.norm))):
-        raise MmfuseError(f"the loss is {loss:.6g}, the gradient's norm {t.norm:.6g} on the pictures {work.ids}: a smaller learning rate, or look at these "
+        raise MmfuseError(f"the loss is {loss:.6g}, the gradient's norm {t.norm:.6g} on the "
+                          f"pictures {work.ids}: a smaller learning rate, or look at these "
                           "pictures; the last good checkpoint stays")
     if t.settings.clip: nn.utils.clip_grads_with_norm_(t.model.parameters(), t.settings.clip, norm)
     return loss
@@ -252,12 +277,13 @@ def step(
     value = _gradient(t, work)
     t.optimizer.step()
     if t.average: t.average.update_parameters(t.model)
-    p.step, p.batch, p.summed, p.seconds = p.step + 1, p.batch + 1, p.summed + value * len(work.ids), p.seconds + time.monotonic() - began
+    p.step, p.batch, p.summed = p.step + 1, p.batch + 1, p.summed + value * len(work.ids)
+    p.seconds += time.monotonic() - began
     return value
 
 # %% ../nbs/appendix/runs.ipynb #760e4eb2
 class Folder:
-    "Where a run lives: files that follow from the state are written first, the checkpoint, which makes them true, last."
+    "Where a run lives: what follows from the state is written first, the checkpoint last."
     def __init__(self,
         out:str|Path, # the run's folder
         key:str, # what its checkpoints belong to
@@ -269,9 +295,12 @@ class Folder:
     def alone(self):
         "Hold the folder for this process; sweep up what a killed one left half written."
         try: self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise MmfuseError(f"cannot write '{self.out}': {e.strerror or e}; choose another --out") from None
+        except OSError as e:
+            raise MmfuseError(f"cannot write '{self.out}': {e.strerror or e}; choose another --out") from None
         try: lock = FileLock(self.out / ".lock").acquire(timeout=0)
-        except Timeout: raise MmfuseError(f"another process trains in '{self.out}': wait for it, or choose another --out") from None
+        except Timeout:
+            raise MmfuseError(f"another process trains in '{self.out}': wait for it, or choose "
+                              f"another --out") from None
         with lock:
             for p in self.out.rglob(".*.part"): p.unlink()
             yield
@@ -283,10 +312,13 @@ class Folder:
         advice = f"; '{older[-1]}', copied over it, goes on from there" if older else ""
         try: tensors, info = load_tensors(self.checkpoint)
         except MmfuseError as e: raise MmfuseError(f"{e}{advice}") from None
-        if info.get("key") != self.key: raise MmfuseError(f"'{self.checkpoint}' belongs to other pictures or encoders: choose another --out")
+        if info.get("key") != self.key:
+            raise MmfuseError(f"'{self.checkpoint}' belongs to other pictures or encoders: choose "
+                              f"another --out")
         try: trainer.restore(tensors, info)
         except (KeyError, RuntimeError, TypeError, ValueError) as e:
-            raise MmfuseError(f"'{self.checkpoint}' does not fit this model ({first_line(e)}): choose another --out") from None
+            raise MmfuseError(f"'{self.checkpoint}' does not fit this model ({first_line(e)}): "
+                              f"choose another --out") from None
 
     def due(self, seconds:float) -> bool: # whether it is time to save; never more than a twentieth of all time
         return time.monotonic() - self.saved >= (max(seconds, 20 * self.cost) if seconds else 0)
@@ -295,7 +327,9 @@ class Folder:
         "Write the checkpoint; weights that are no numbers never replace those that are."
         began = time.monotonic()
         if not all(p.isfinite().all() for p in trainer.model.parameters()):
-            raise MmfuseError(f"weights are no numbers any more at step {trainer.progress.step}: a smaller learning rate; the last good checkpoint stays in '{self.checkpoint.parent}'")
+            raise MmfuseError(f"weights are no numbers any more at step {trainer.progress.step}: a "
+                              f"smaller learning rate; the last good checkpoint stays in "
+                              f"'{self.checkpoint.parent}'")
         save_tensors(self.checkpoint, trainer.tensors(), key=self.key, **trainer.numbers())
         self.saved, self.cost = time.monotonic(), time.monotonic() - began
 
@@ -308,7 +342,9 @@ class Folder:
 def _room(path:Path):
     "A full disk is one line."
     try: yield
-    except OSError as e: raise MmfuseError(f"cannot write '{path}' ({e.strerror or e}): make room, then go on with --resume") from None
+    except OSError as e:
+        raise MmfuseError(f"cannot write '{path}' ({e.strerror or e}): make room, then go on with "
+                          f"--resume") from None
 
 def keep(
     folder:Folder, # whose checkpoint was just written
@@ -321,7 +357,8 @@ def keep(
         if n:
             with atomic(kept / f"epoch-{epoch:06}.safetensors") as part:
                 try: os.link(folder.checkpoint, part)
-                except OSError: shutil.copyfile(folder.checkpoint, part)  # a file system without links
+                except OSError:
+                    shutil.copyfile(folder.checkpoint, part)  # a file system without links
         for p in sorted(kept.glob("epoch-*.safetensors"))[:-n or None]: p.unlink()
 
 # %% ../nbs/appendix/runs.ipynb #fa0454a2
@@ -330,7 +367,8 @@ def log(
     history:list[dict], # a line an epoch
 ):
     "Write `metrics.jsonl`."
-    with _room(folder.out / "metrics.jsonl"), atomic(folder.out / "metrics.jsonl") as part: part.write_text("".join(json.dumps(line) + "\n" for line in history))
+    with _room(folder.out / "metrics.jsonl"), atomic(folder.out / "metrics.jsonl") as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in history))
 
 class Events:
     "TensorBoard's log of one session. It is written at once: no thread, so an error comes where it belongs."
@@ -338,7 +376,8 @@ class Events:
         folder:Path, # of all sessions
         step:int, # steps done before this one
     ):
-        self.path, self.first, self.writer, self.written = folder / f"events.out.tfevents.{time.time_ns() // 1000}", step, None, -math.inf
+        self.path = folder / f"events.out.tfevents.{time.time_ns() // 1000}"
+        self.first, self.writer, self.written = step, None, -math.inf
 
     def _write(self, **content):
         self.writer.write(Event(wall_time=time.time(), **content).SerializeToString())
@@ -356,7 +395,8 @@ class Events:
                 self.writer = RecordWriter(str(self.path))
                 self._write(file_version="brain.Event:2")
                 self._write(step=self.first + 1, session_log=SessionLog(status=SessionLog.START))
-            self._write(step=step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]))
+            self._write(step=step, summary=Summary(value=[Summary.Value(tag=k,
+                simple_value=v) for k, v in values.items()]))
             self.writer.flush()
         self.written = time.monotonic()
 
@@ -374,13 +414,15 @@ def draw_curves(
         right.plot(epochs, [line["val_map"] for line in history], ".-", color=viz.FUSED)
         right.plot(best["epoch"], best["val_map"], "o", color=viz.INK, mfc="none", ms=9)
         left.set(xlabel="epoch", ylabel="training loss")
-        right.set(xlabel="epoch", ylabel="validation mAP", title=f"best: {best['val_map']:.3f} in epoch {best['epoch']}")
+        right.set(xlabel="epoch", ylabel="validation mAP", title=f"best: {best['val_map']:.3f} in "
+                  f"epoch {best['epoch']}")
         with _room(path), atomic(path) as part: fig.savefig(part, format="png")
         plt.close(fig)
 
 # %% ../nbs/appendix/runs.ipynb #1dd8240e
 @torch.no_grad()
-def _scores(model:nn.Module, feed:TokenFeed|PictureFeed, accelerator:Accelerator) -> Tensor: # logits (N, C)
+def _scores(model:nn.Module, feed:TokenFeed|PictureFeed,
+            accelerator:Accelerator) -> Tensor: # logits (N, C)
     "Each process predicts its piece; all get the whole."
     n = len(feed)
     if accelerator.num_processes == 1: return feed.logits(model, 0, n)
@@ -391,12 +433,15 @@ def _scores(model:nn.Module, feed:TokenFeed|PictureFeed, accelerator:Accelerator
     return accelerator.gather(mine.to(accelerator.device)).cpu()[:n]
 
 # %% ../nbs/appendix/runs.ipynb #dee58e02
-def _end_epoch(trainer:Trainer, val:TokenFeed|PictureFeed, folder:Folder, events:Events, about:dict):
+def _end_epoch(trainer:Trainer, val:TokenFeed|PictureFeed, folder:Folder, events:Events,
+               about:dict):
     "Judge, log, publish, save: in this order."
     t, p, s, began = trainer, trainer.progress, trainer.settings, time.monotonic()
     quality = mean_average_precision(_scores(t.judged, val, t.accelerator), val.labels)
-    line = dict(epoch=p.epoch + 1, step=p.step, train_loss=p.summed / len(t.feed), val_map=quality, lr=t.optimizer.param_groups[0]["lr"],
-                pictures_per_second=round(len(t.feed) / max(p.seconds, 1e-9), 1), seconds=round(p.seconds + time.monotonic() - began, 3))
+    line = dict(epoch=p.epoch + 1, step=p.step, train_loss=p.summed / len(t.feed), val_map=quality,
+                lr=t.optimizer.param_groups[0]["lr"],
+                pictures_per_second=round(len(t.feed) / max(p.seconds, 1e-9), 1),
+                seconds=round(p.seconds + time.monotonic() - began, 3))
     t.progress = p = Progress(epoch=p.epoch + 1, step=p.step, history=[*p.history, line])
     t.stream, p.finished = None, p.epoch == s.epochs or bool(s.patience) and p.stale >= s.patience
     if not t.accelerator.is_main_process: return
@@ -416,23 +461,31 @@ def _asked(asked:list, accelerator:Accelerator) -> bool: # whether any process w
 def _loop(trainer:Trainer, val:TokenFeed|PictureFeed, folder:Folder, about:dict, progress:bool):
     "Steps until it is finished, or somebody asks to stop."
     t, acc, s, n = trainer, trainer.accelerator, trainer.settings, len(trainer.feed)
-    events, seen = Events(folder.out / "tensorboard", t.progress.step), t.progress.epoch * n + t.progress.batch * s.batch_size
-    with polite_stop() as asked, tqdm(total=s.epochs * n, initial=seen, unit="picture", unit_scale=True, disable=not progress) as bar:
+    events, seen = Events(folder.out / "tensorboard",
+                          t.progress.step), t.progress.epoch * n + t.progress.batch * s.batch_size
+    with polite_stop() as asked, tqdm(total=s.epochs * n, initial=seen, unit="picture",
+                                      unit_scale=True, disable=not progress) as bar:
         while not t.progress.finished:
             loss = step(t)
             bar.update(min(s.batch_size, n - (t.progress.batch - 1) * s.batch_size))
-            if acc.is_main_process: events.write(t.progress.step, every=1.0, loss=loss, rate=t.optimizer.param_groups[0]["lr"], gradient_norm=t.norm)
+            if acc.is_main_process:
+                events.write(t.progress.step, every=1.0, loss=loss,
+                             rate=t.optimizer.param_groups[0]["lr"], gradient_norm=t.norm)
             if t.progress.batch == t.per_epoch: _end_epoch(t, val, folder, events, about)
             elif acc.is_main_process and folder.due(s.save_seconds): folder.save(t)
             last = t.progress.history[-1:]
-            bar.set_postfix(loss=f"{loss:.3f}", **{"val mAP": f"{x['val_map']:.3f}" for x in last}, refresh=False)
+            bar.set_postfix(loss=f"{loss:.3f}", **{"val mAP": f"{x['val_map']:.3f}" for x in last},
+                            refresh=False)
             if _asked(asked, acc) and not t.progress.finished:
                 if acc.is_main_process: folder.save(t)
-                raise KeyboardInterrupt(f"stopped after step {t.progress.step} of {s.epochs * t.per_epoch}, and saved: the same command with --resume goes on")
+                raise KeyboardInterrupt(f"stopped after step {t.progress.step} of "
+                                        f"{s.epochs * t.per_epoch}, and saved: the same command "
+                                        f"with --resume goes on")
 
 # %% ../nbs/appendix/runs.ipynb #dabad0d7
-def _run(settings:Settings, feeds:Callable, model:Callable, about:dict, out:str|Path, resume:bool, progress:bool) -> Progress:
-    "A training in its folder: `feeds` takes the accelerator and gives those of training and validation, `model` makes the model."
+def _run(settings:Settings, feeds:Callable, model:Callable, about:dict, out:str|Path, resume:bool,
+         progress:bool) -> Progress:
+    "A training in its folder: `feeds` gives those of training and validation, `model` the model."
     accelerator = make_accelerator(settings.precision)
     train, val = feeds(accelerator)
     folder, main = Folder(out, f"{train.key}-{val.key}"), accelerator.is_main_process
@@ -450,10 +503,13 @@ def _run(settings:Settings, feeds:Callable, model:Callable, about:dict, out:str|
 
 def _about(settings:Settings, d_image:int, d_text:int, classes:list[str]) -> dict:
     "What `load_head` needs to know."
-    return dict(arm=settings.arm, width=settings.width, d_image=d_image, d_text=d_text, classes=classes, image_encoder=settings.image_encoder,
+    return dict(arm=settings.arm, width=settings.width, d_image=d_image, d_text=d_text,
+                classes=classes, image_encoder=settings.image_encoder,
                 text_encoder=settings.text_encoder, end_to_end=settings.end_to_end)
 
-def _head(about:dict, names:Tensor) -> nn.Module: return make_head(about["arm"], about["d_image"], about["d_text"], len(about["classes"]), width=about["width"], names=names)
+def _head(about:dict, names:Tensor) -> nn.Module:
+    return make_head(about["arm"], about["d_image"], about["d_text"], len(about["classes"]),
+                     width=about["width"], names=names)
 
 # %% ../nbs/appendix/runs.ipynb #61b4f949
 def train_head(
@@ -465,9 +521,10 @@ def train_head(
     resume:bool=False, # go on with what is there, or begin
     progress:bool=True, # a bar in the terminal
 ) -> Progress: # finished
-    "Train a head on cached tokens, in a folder from which it goes on after anything. `KeyboardInterrupt` after Ctrl-C, when all is saved."
+    "Train a head on cached tokens; `KeyboardInterrupt` after Ctrl-C, when all is saved."
     about = _about(settings, train.img.shape[-1], train.txt.shape[-1], train.classes)
-    return _run(settings, lambda acc: [TokenFeed(t, settings, acc) for t in (train, val)], lambda: _head(about, torch.tensor(train.names)), about, out, resume, progress)
+    return _run(settings, lambda acc: [TokenFeed(t, settings, acc) for t in (train, val)],
+                lambda: _head(about, torch.tensor(train.names)), about, out, resume, progress)
 
 # %% ../nbs/appendix/runs.ipynb #494c40cc
 def load_head(
@@ -479,9 +536,12 @@ def load_head(
     if not path.is_file(): raise MmfuseError(f"'{path}' is not there: train first")
     weights, info = load_tensors(path)
     model = _head(info, torch.zeros(len(info["classes"]), info["d_text"]))
-    if info.get("end_to_end"): model = EndToEnd(make_image_encoder(info["image_encoder"], pretrained=False), make_text_encoder(info["text_encoder"], pretrained=False), model)
+    if info.get("end_to_end"):
+        model = EndToEnd(make_image_encoder(info["image_encoder"], pretrained=False),
+                         make_text_encoder(info["text_encoder"], pretrained=False), model)
     try: model.load_state_dict(weights)
-    except RuntimeError as e: raise MmfuseError(f"'{path}' does not fit its arm ({first_line(e)}): train again") from None
+    except RuntimeError as e:
+        raise MmfuseError(f"'{path}' does not fit its arm ({first_line(e)}): train again") from None
     return model.eval()
 
 # %% ../nbs/appendix/runs.ipynb #f2e4d661
@@ -496,8 +556,10 @@ def train_end_to_end(
 ) -> Progress: # finished
     "Train encoders and head from pictures and captions; for `settings.head_epochs` epochs the head alone."
     image, text = make_image_encoder(settings.image_encoder), make_text_encoder(settings.text_encoder)
-    about, names = _about(settings, image.dim, text.dim, list(train.classes)), embed_names(text, list(train.classes))
-    return _run(settings, lambda acc: [PictureFeed(d, image, text, settings, acc) for d in (train, val)],
+    about, names = _about(settings, image.dim, text.dim, list(train.classes)), embed_names(text,
+        list(train.classes))
+    return _run(settings, lambda acc: [PictureFeed(d, image, text, settings, acc) for d in (train,
+        val)],
                 lambda: EndToEnd(image, text, _head(about, names)), about, out, resume, progress)
 
 # %% ../nbs/appendix/runs.ipynb #1874a6f1
@@ -512,8 +574,11 @@ def train(
     "`mmfuse train`: from pictures end to end, or a head on tokens that frozen encoders make once."
     root = settings.data or toy_coco()
     data = [open_pairs(root, split) for split in (settings.train_split, settings.val_split)]
-    if data[0].classes != data[1].classes: raise MmfuseError(f"'{settings.train_split}' and '{settings.val_split}' have different categories")
-    if settings.end_to_end: return train_end_to_end(settings, *data, out, resume=resume, progress=progress)
+    if data[0].classes != data[1].classes:
+        raise MmfuseError(f"'{settings.train_split}' and '{settings.val_split}' have different "
+                          f"categories")
+    if settings.end_to_end:
+        return train_end_to_end(settings, *data, out, resume=resume, progress=progress)
     encoders = make_image_encoder(settings.image_encoder), make_text_encoder(settings.text_encoder)
     tokens = [cache_tokens(d, *encoders, cache_dir=cache_dir, progress=progress) for d in data]
     return train_head(settings, *tokens, out, resume=resume, progress=progress)

@@ -47,20 +47,26 @@ class Settings:
     keep:int = 2 # checkpoints of the last epochs that are kept
 
     def __post_init__(self):
-        for f, kind in get_type_hints(Settings).items(): object.__setattr__(self, f, _typed(f, getattr(self, f), kind))
-        if self.precision not in ("fp32", "bf16", "fp16"): raise MmfuseError(f"'precision' is fp32, bf16 or fp16, not '{self.precision}'")
+        for f, kind in get_type_hints(Settings).items():
+            object.__setattr__(self, f, _typed(f, getattr(self, f), kind))
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise MmfuseError(f"'precision' is fp32, bf16 or fp16, not '{self.precision}'")
 
 # %% ../nbs/appendix/settings.ipynb #5e830063
-_RANGE = dict(width=(1, 1e6), epochs=(1, 1e9), lr=(0, 1e9), weight_decay=(0, 1e9), batch_size=(1, 1e9), accumulate=(1, 1e6), modality_dropout=(0, 1),
-              clip=(0, 1e9), ema=(0, 0.999999), patience=(0, 1e9), seed=(0, 2**63 - 1), head_epochs=(0, 1e9), encoder_lr=(0, 1e3), workers=(0, 256),
+_RANGE = dict(width=(1, 1e6), epochs=(1, 1e9), lr=(0, 1e9), weight_decay=(0, 1e9),
+              batch_size=(1, 1e9), accumulate=(1, 1e6), modality_dropout=(0, 1),
+              clip=(0, 1e9), ema=(0, 0.999999), patience=(0, 1e9), seed=(0, 2**63 - 1),
+              head_epochs=(0, 1e9), encoder_lr=(0, 1e3), workers=(0, 256),
               save_seconds=(0, 1e9), keep=(0, 1e6))
 def _typed(name:str, value, kind): # the value
     "A setting's value, a whole number as a float where a float is wanted; `MmfuseError` if it has another type or is out of range."
     if kind is float and type(value) is int: value = float(value)
     kinds = get_args(kind) or (kind,)
-    if type(value) not in kinds: raise MmfuseError(f"'{name}' must be {kinds[0].__name__}, not {value!r}")
+    if type(value) not in kinds:
+        raise MmfuseError(f"'{name}' must be {kinds[0].__name__}, not {value!r}")
     low, high = _RANGE.get(name, (None, None))
-    if low is not None and not low <= value <= high: raise MmfuseError(f"'{name}' must be between {low} and {high:g}, not {value}")
+    if low is not None and not low <= value <= high:
+        raise MmfuseError(f"'{name}' must be between {low} and {high:g}, not {value}")
     return value
 
 # %% ../nbs/appendix/settings.ipynb #d5927a4a
@@ -77,7 +83,9 @@ def read_settings(
     known = [f.name for f in fields(Settings)]
     for name in values:
         close = get_close_matches(name, known, 1)
-        if name not in known: raise MmfuseError(f"'{config}' has an unknown setting '{name}'" + (f": did you mean '{close[0]}'?" if close else f"; there are: {', '.join(known)}"))
+        if name not in known:
+            raise MmfuseError(f"'{config}' has an unknown setting '{name}'" + (f": did you mean "
+                f"'{close[0]}'?" if close else f"; there are: {', '.join(known)}"))
     return Settings(**values | {k: v for k, v in flags.items() if v is not None})
 
 # %% ../nbs/appendix/settings.ipynb #baa9e5b9
@@ -90,14 +98,21 @@ def check_run(
     "`MmfuseError` if the folder holds a run that is not to be resumed, or one with other settings."
     config = out / "config.json"
     there = [n for n in ("config.json", "last", "best", "metrics.jsonl") if (out / n).exists()]
-    if there and not resume: raise MmfuseError(f"'{out}' holds a run already ('{there[0]}'): go on with --resume, or choose another --out")
-    if there and not config.is_file(): raise MmfuseError(f"'{out}' holds '{there[0]}' but no config.json: choose another --out")
+    if there and not resume:
+        raise MmfuseError(f"'{out}' holds a run already ('{there[0]}'): go on with --resume, or "
+                          f"choose another --out")
+    if there and not config.is_file():
+        raise MmfuseError(f"'{out}' holds '{there[0]}' but no config.json: choose another --out")
     if not there: return False
     try: old = dict(json.loads(config.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as e: raise MmfuseError(f"'{config}' is damaged ({e}): choose another --out") from None
+    except (OSError, ValueError, TypeError) as e:
+        raise MmfuseError(f"'{config}' is damaged ({e}): choose another --out") from None
     for name, new in asdict(settings).items():
-        was = old.get(name, getattr(Settings, name))  # a field that did not exist yet had its default
-        if name not in _FREE and was != new: raise MmfuseError(f"'{out}' was begun with {name} = {was}, not {new}: go on with the old value, or choose another --out")
+        was = old.get(name, getattr(Settings,
+                                    name))  # a field that did not exist yet had its default
+        if name not in _FREE and was != new:
+            raise MmfuseError(f"'{out}' was begun with {name} = {was}, not {new}: go on with the "
+                              f"old value, or choose another --out")
     return True
 
 # %% ../nbs/appendix/settings.ipynb #ff3a1104
@@ -109,5 +124,8 @@ def begin(
     "`check_run`, then write `config.json` where there is none."
     if check_run(out, settings, resume): return
     try:
-        with atomic(out / "config.json") as part: part.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
-    except OSError as e: raise MmfuseError(f"cannot write '{out / 'config.json'}': {e.strerror or e}; choose another --out") from None
+        with atomic(out / "config.json") as part:
+            part.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise MmfuseError(f"cannot write '{out / 'config.json'}': {e.strerror or e}; choose "
+                          f"another --out") from None

@@ -33,8 +33,10 @@ def _members(dataset, i:int) -> list[tuple[str, bytes]]: # file names and conten
     ids = [c for c, there in zip(dataset.category_ids, dataset.labels[i].tolist()) if there]
     said = dict(image_id=dataset.image_ids[i], categories=ids, captions=list(dataset.captions[i]))
     try: data = path.read_bytes()
-    except OSError as e: raise CocoError(f"cannot read the picture '{path}': {e.strerror}") from None
-    return [(number + (path.suffix.lower() or ".jpg"), data), (f"{number}.json", json.dumps(said).encode())]
+    except OSError as e:
+        raise CocoError(f"cannot read the picture '{path}': {e.strerror}") from None
+    return [(number + (path.suffix.lower() or ".jpg"), data),
+            (f"{number}.json", json.dumps(said).encode())]
 
 # %% ../nbs/appendix/shards.ipynb #266c2b51
 def write_shard(
@@ -51,7 +53,8 @@ def write_shard(
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     except OSError as e:
-        raise MmfuseError(f"cannot write '{path}' ({e.strerror or e}): make room and run the same command again; finished shards are kept") from None
+        raise MmfuseError(f"cannot write '{path}' ({e.strerror or e}): make room and run the same "
+                          f"command again; finished shards are kept") from None
 
 # %% ../nbs/appendix/shards.ipynb #71817163
 def _scan(path:Path) -> list[dict]: # in order: image_id, categories, captions' digest, and where picture and JSON lie
@@ -65,12 +68,15 @@ def _scan(path:Path) -> list[dict]: # in order: image_id, categories, captions' 
                 row["json" if kind == "json" else "picture"] = m.offset_data, m.size
                 if kind == "json":
                     said = tar.extractfile(m).read()
-                    row.update({k: json.loads(said)[k] for k in ("image_id", "categories")}, digest=hashlib.sha256(said).digest())
+                    row.update({k: json.loads(said)[k] for k in ("image_id", "categories")},
+                               digest=hashlib.sha256(said).digest())
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as e:
-        raise CocoError(f"'{path}' is no shard ({type(e).__name__}: {e}): delete it and run `mmfuse shard` again") from None
+        raise CocoError(f"'{path}' is no shard ({type(e).__name__}: {e}): delete it and run "
+                        f"`mmfuse shard` again") from None
     bad = next((k for k, row in found.items() if not {"json", "picture"} <= row.keys()), None)
     wrong = f"sample {bad} lacks its picture or its JSON" if bad else "" if found else "it is empty"
-    if wrong: raise CocoError(f"'{path}' is no shard: {wrong}; delete it and run `mmfuse shard` again")
+    if wrong:
+        raise CocoError(f"'{path}' is no shard: {wrong}; delete it and run `mmfuse shard` again")
     return list(found.values())
 
 # %% ../nbs/appendix/shards.ipynb #fdfe2289
@@ -91,13 +97,19 @@ def write_index(
     for n, row in enumerate(rows):
         labels[n, [place[c] for c in row["categories"]]] = True
         digest.update(row["digest"] + str(row["picture"][1]).encode())
-    at, size = (np.array([[row[k][j] for k in ("picture", "json")] for row in rows]).reshape(-1, 2) for j in (0, 1))
-    arrays = dict(ids=np.array([row["image_id"] for row in rows], np.int64), first=np.array(first, np.int64), at=at.astype(np.int64),
+    at, size = (np.array([[row[k][j] for k in ("picture", "json")] for row in rows]).reshape(-1,
+        2) for j in (0, 1))
+    arrays = dict(ids=np.array([row["image_id"] for row in rows], np.int64),
+                  first=np.array(first, np.int64), at=at.astype(np.int64),
                   size=size.astype(np.int32), labels=np.packbits(labels, axis=1))
-    about = dict(classes=classes, category_ids=category_ids, shards=[[p.name, p.stat().st_size] for p in paths], key=digest.hexdigest()[:16])
+    about = dict(classes=classes, category_ids=category_ids,
+                 shards=[[p.name, p.stat().st_size] for p in paths], key=digest.hexdigest()[:16])
     try:
-        with atomic(folder / "index.safetensors") as part: save_file(arrays, part, metadata={"mmfuse": json.dumps(about)})
-    except (OSError, SafetensorError) as e: raise MmfuseError(f"cannot write '{folder / 'index.safetensors'}' ({e}): make room and run the same command again") from None
+        with atomic(folder / "index.safetensors") as part:
+            save_file(arrays, part, metadata={"mmfuse": json.dumps(about)})
+    except (OSError, SafetensorError) as e:
+        raise MmfuseError(f"cannot write '{folder / 'index.safetensors'}' ({e}): make room and run "
+                          f"the same command again") from None
     return folder / "index.safetensors"
 
 # %% ../nbs/appendix/shards.ipynb #51c4f784
@@ -123,13 +135,16 @@ def make_shards(
     parts = [order[i:i + per_shard].tolist() for i in range(0, len(order), per_shard)]
     paths = [folder / f"{n:05}.tar" for n in range(len(parts))]
     strange = sorted({p.name for p in folder.glob("*.tar")} - {p.name for p in paths})
-    if strange: raise MmfuseError(f"'{folder}' holds '{strange[0]}', which is not of these pictures: choose another --out")
+    if strange:
+        raise MmfuseError(f"'{folder}' holds '{strange[0]}', which is not of these pictures: "
+                          f"choose another --out")
     k, n = part or (1, 1)
     for path, rows in tqdm(list(zip(paths, parts))[k - 1::n], unit="shard", disable=not progress):
         if _done(path, dataset, rows): continue
         write_shard(path, dataset, rows)
         written.append(path)
-    if part is None: write_index(folder, list(dataset.classes), list(dataset.category_ids), progress=progress)
+    if part is None:
+        write_index(folder, list(dataset.classes), list(dataset.category_ids), progress=progress)
     return written
 
 # %% ../nbs/appendix/shards.ipynb #517dc561
@@ -183,7 +198,8 @@ class ShardPairs(Dataset):
         "`CocoError` if there is no index, or a tar is not the one that was indexed."
         self.tars = _Tars(Path(root) / split)
         about = self.tars.about
-        self.classes, self.category_ids, self.key = (about[k] for k in ("classes", "category_ids", "key"))
+        self.classes, self.category_ids, self.key = (about[k] for k in ("classes", "category_ids",
+            "key"))
         self.image_ids = self.tars.index["ids"].tolist()
 
     @property
@@ -195,7 +211,8 @@ class ShardPairs(Dataset):
     def __getitem__(self, i:int) -> Sample:
         "Decode picture `i`; `CocoError` names its id and its shard if that fails."
         i = range(len(self))[i]
-        image = decode_bytes(self.tars.read(i, 0), f"{self.image_ids[i]:012} of '{self.tars.folder}'")
+        image = decode_bytes(self.tars.read(i, 0), f"{self.image_ids[i]:012} of "
+                             f"'{self.tars.folder}'")
         labels = self.tars.labels(i, len(self.classes))[0]
         return Sample(image, self.tars.said(i), labels, self.image_ids[i])
 
@@ -224,4 +241,5 @@ def open_pairs(
     split:str, # train2017, say
 ) -> CocoPairs|ShardPairs:
     "A split's pairs, from shards where there is an index, else from COCO's files."
-    return (ShardPairs if (Path(root) / split / "index.safetensors").exists() else CocoPairs)(root, split)
+    return (ShardPairs if (Path(root) / split / "index.safetensors").exists() else CocoPairs)(root,
+        split)

@@ -25,7 +25,7 @@ def warmup_cosine(
     total:int, # steps of the whole training
     warmup:float=0.1, # share of it in which the rate rises
 ) -> float: # between 0 and 1
-    "The factor of the learning rate: up in a straight line, down along a cosine to zero (Loshchilov and Hutter 2017)."
+    "The factor of the rate: a straight line up, a cosine down to 0 (Loshchilov and Hutter 2017)."
     rising = max(1, round(warmup * total))
     if step < rising: return (step + 1) / rising
     return (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, total - rising)))) / 2
@@ -36,7 +36,8 @@ def decay_groups(
     weight_decay:float, # of matrices
 ) -> list[dict]: # two groups for a torch optimizer
     "Matrices decay; vectors and scalars (biases, norms, stand-ins) do not."
-    matrices, rest = ([p for p in head.parameters() if p.requires_grad and (p.ndim > 1) == flat] for flat in (True, False))
+    params = [p for p in head.parameters() if p.requires_grad]
+    matrices, rest = ([p for p in params if (p.ndim > 1) == flat] for flat in (True, False))
     return [dict(params=matrices, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
 
 # %% ../nbs/10_training.ipynb #7dddb97a
@@ -81,7 +82,7 @@ def batches(
 def shares(
     n:int, # pictures in a batch
     parts:int, # of it: processes times `accumulate`
-) -> list[tuple[Tensor, float]]: # for each part its places, and its share of the batch; an empty part has place 0 and share 0
+) -> list[tuple[Tensor, float]]: # places and share of each part; an empty one has place 0, share 0
     "Cut a batch so that the weighted losses of its parts add up to the loss of the whole."
     cut = torch.arange(n).tensor_split(parts)
     return [(p, len(p) / n) if len(p) else (torch.zeros(1, dtype=torch.long), 0.0) for p in cut]
@@ -108,7 +109,8 @@ def _start(head:nn.Module, tokens:Tokens, rows:int=2000):
     "Give a head that asks for it the scale of its inputs, from the first captions of at most `rows` pictures."
     if not hasattr(head, "set_statistics"): return
     some = torch.arange(min(len(tokens), rows))
-    head.set_statistics(*take(tokens, some, choose_captions(tokens, some, 0), next(head.parameters()).device)[:3])
+    head.set_statistics(*take(tokens, some, choose_captions(tokens, some, 0),
+                              next(head.parameters()).device)[:3])
 
 # %% ../nbs/10_training.ipynb #5850c21c
 def fit(
@@ -125,7 +127,7 @@ def fit(
     caption:int|None=None, # always this one; None: another one at random each time
     on_epoch:Callable|None=None, # called after each epoch with its number and the mean loss
 ) -> list[float]: # mean loss a picture, of each epoch
-    "Train a head on cached tokens. The same seed gives the same weights on the same machine; `MmfuseError` if the loss is no number."
+    "Train a head; the same seed gives the same weights. `MmfuseError` if the loss is no number."
     device, g = next(head.parameters()).device, torch.Generator().manual_seed(seed)
     _start(head, tokens)
     total = epochs * math.ceil(len(tokens) / batch_size)
@@ -138,7 +140,8 @@ def fit(
         for epoch in range(epochs):
             summed = 0.0
             for rows in batches(len(tokens), batch_size, g):
-                img, txt, mask, y = take(tokens, rows, choose_captions(tokens, rows, caption, generator=g), device)
+                img, txt, mask, y = take(tokens, rows, choose_captions(tokens, rows, caption,
+                    generator=g), device)
                 optimizer.zero_grad()
                 value = _loss(head, loss, y, *hide_modality(img, txt, modality_dropout, g), mask)
                 if not value.isfinite(): raise MmfuseError(_no_number(value, tokens, rows))
@@ -198,13 +201,15 @@ def find_rate(
         rows = next(order, None)
         if rows is None: rows = next(order := batches(len(tokens), batch_size, g))
         for group in optimizer.param_groups: group["lr"] = low * (high / low) ** (i / (steps - 1))
-        *inputs, y = take(tokens, rows, choose_captions(tokens, rows, generator=g), next(head.parameters()).device)
+        *inputs, y = take(tokens, rows, choose_captions(tokens, rows, generator=g),
+                          next(head.parameters()).device)
         optimizer.zero_grad()
         value = _loss(head, bce, y, *inputs)
         value.backward()
         optimizer.step()
         mean = 0.9 * mean + 0.1 * value.item()
-        rates, losses = [*rates, optimizer.param_groups[0]["lr"]], [*losses, mean / (1 - 0.9 ** (i + 1))]
+        rates, losses = [*rates, optimizer.param_groups[0]["lr"]], [*losses,
+            mean / (1 - 0.9 ** (i + 1))]
         if not losses[-1] < 4 * min(losses): break
     head.load_state_dict(state)
     return rates, losses

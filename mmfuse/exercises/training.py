@@ -18,7 +18,8 @@ from ..metrics import mean_average_precision
 from ..training import warmup_cosine
 
 # %% ../../nbs/solutions/10_training.ipynb #92df45e2
-def _lucky(seed:int, E:int=12, N:int=60, C:int=4) -> tuple: # scores of E epochs that know nothing (E, N, C), labels (N, C)
+def _lucky(seed:int, E:int=12, N:int=60,
+           C:int=4) -> tuple: # scores of E epochs that know nothing (E, N, C), labels (N, C)
     g = torch.Generator().manual_seed(seed)
     return torch.rand(E, N, C, generator=g), (torch.rand(N, C, generator=g) < 0.3).float()
 
@@ -30,17 +31,21 @@ def check_choose_and_report(
     scores, y = _lucky(0)
     torch.manual_seed(0); np.random.seed(0)
     epoch, reported = choose(scores, y)
-    if not 0 <= int(epoch) < len(scores): return f"{epoch} is no epoch: return its number and the mAP"
+    if not 0 <= int(epoch) < len(scores):
+        return f"{epoch} is no epoch: return its number and the mAP"
     better = scores.clone()
     better[7] = y + 0.1 * scores[7]
-    if int(choose(better, y)[0]) != 7: return f"epoch 7 orders all pictures rightly, and epoch {choose(better, y)[0]} was chosen"
-    if abs(float(choose(better, y)[1]) - 1) > 1e-6: return "the reported number is not the mAP of the epoch that was chosen"
+    if int(choose(better, y)[0]) != 7:
+        return f"epoch 7 orders all pictures rightly, and epoch {choose(better, y)[0]} was chosen"
+    if abs(float(choose(better, y)[1]) - 1) > 1e-6:
+        return "the reported number is not the mAP of the epoch that was chosen"
     excess = []
     for seed in range(60):
         scores, y = _lucky(seed)
         excess.append(float(choose(scores, y)[1]) - mean_average_precision(_lucky(seed + 1000)[0][0], y))
     error = np.std(excess) / math.sqrt(len(excess))
-    if np.mean(excess) > 3 * error: return f"epochs that know nothing are reported {np.mean(excess):.3f} too good, on average over {len(excess)} trials"
+    if np.mean(excess) > 3 * error:
+        return f"epochs that know nothing are reported {np.mean(excess):.3f} too good, on average over {len(excess)} trials"
 
 # %% ../../nbs/solutions/10_training.ipynb #9e8b9fdb
 class _Dropping(nn.Module):
@@ -54,7 +59,8 @@ class _Dropping(nn.Module):
 
 def _batches(sizes:tuple=(8, 8, 1)) -> list: # of img (B, 2, 6), txt, mask, y (B, 3); the last one is unlike the others
     g = torch.Generator().manual_seed(1)
-    each = [(torch.randn(n, 2, 6, generator=g) * (5 if n == 1 else 1), None, None, (torch.rand(n, 3, generator=g) < 0.3).float()) for n in sizes]
+    each = [(torch.randn(n, 2, 6, generator=g) * (5 if n == 1 else 1), None, None,
+             (torch.rand(n, 3, generator=g) < 0.3).float()) for n in sizes]
     return each
 
 @checks("10.2", "Find the bug: a fair evaluation")
@@ -65,14 +71,20 @@ def check_evaluate(
     head, together = _Dropping(), _batches()
     torch.manual_seed(0)
     value = evaluate(head.train(), iter(together))
-    if isinstance(value, torch.Tensor) and value.requires_grad: return "the value holds on to its whole graph: compute without gradients, return a number"
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        return "the value holds on to its whole graph: compute without gradients, return a number"
     again = evaluate(head.train(), iter(together))
-    if float(value) != float(again): return f"the same head has a loss of {float(value):.3f} and of {float(again):.3f}: dropout is on"
-    if not head.training: return "the head was in training mode before and is not any more: the next epoch would train without dropout"
+    if float(value) != float(again):
+        return f"the same head has a loss of {float(value):.3f} and of {float(again):.3f}: dropout is on"
+    if not head.training:
+        return "the head was in training mode before and is not any more: the next epoch would train without dropout"
     evaluate(head.eval(), iter(together))
     if head.training: return "the head was in evaluation mode before and is not any more"
-    with torch.no_grad(): right = bce(head(torch.cat([b[0] for b in together])), torch.cat([b[3] for b in together])).item()
-    if abs(float(value) - right) > 1e-5: return f"over all pictures at once the mean loss is {right:.3f}, not {float(value):.3f}: how much does the last one count?"
+    with torch.no_grad():
+        right = bce(head(torch.cat([b[0] for b in together])),
+                    torch.cat([b[3] for b in together])).item()
+    if abs(float(value) - right) > 1e-5:
+        return f"over all pictures at once the mean loss is {right:.3f}, not {float(value):.3f}: how much does the last one count?"
     if isinstance(value, torch.Tensor): return "a tensor came back: a log wants a number"
 
 # %% ../../nbs/solutions/10_training.ipynb #d674af84
@@ -89,4 +101,5 @@ def check_reach(
             w.grad = torch.ones((), dtype=torch.float64)
             optimizer.step()
         gone, said = abs(w.item()), float(reach(lr, total))
-        if abs(gone - said) > 1e-6 * gone: return f"in {total} steps with rate {lr:g} a weight whose gradient never turns goes {gone:.6g}, not {said:.6g}"
+        if abs(gone - said) > 1e-6 * gone:
+            return f"in {total} steps with rate {lr:g} a weight whose gradient never turns goes {gone:.6g}, not {said:.6g}"
