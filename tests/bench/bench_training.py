@@ -154,21 +154,24 @@ def time_to(epochs=30):
                     bce(head(*x), y).backward()
                     optimizer.step()
                 plain[lr].append(judged(head))
-        best = max(plain, key=lambda lr: max(plain[lr]))
-        target = max(plain[best])
-        theirs = min(curve.index(next(m for m in curve if m >= 0.98 * target)) + 1 for curve in plain.values() if max(curve) >= 0.98 * target)
-        ours = {}
-        for arm, lr in (("article", 1e-3), ("joint", 1e-2)):
-            for n in (1, 2, 3, 5, 8, 12, 16, 20, 30):
-                torch.manual_seed(0)
-                fit(head := of(arm), quick, epochs=n, lr=lr)
-                if judged(head) >= 0.98 * target: break
+        top = max(max(curve) for curve in plain.values())
+        levels = {name: level_of(share * top, plain, each, caching, of, judged, quick, train) for name, share in (("its best", 1.0), ("98 % of its best", 0.98))}
+    return dict(levels=levels, seconds_an_epoch=round(each, 2), caching=round(caching, 2), curves={str(lr): [round(m, 3) for m in c] for lr, c in plain.items()}, train=len(rows), val=len(held))
+
+
+def level_of(target, plain, each, caching, of, judged, quick, train):
+    "Seconds until an mAP is reached: the article's loop at the rate that gets there first, and ours with two heads."
+    lr, epochs = min(((lr, next(i for i, m in enumerate(c, 1) if m >= target)) for lr, c in plain.items() if max(c) >= target), key=lambda x: x[1])
+    found = dict(target=round(target, 3), article=dict(lr=lr, epochs=epochs, total=round(epochs * each, 1)), ours={})
+    for arm, lr in (("article", 1e-3), ("joint", 1e-2)):
+        for n in (1, 2, 3, 5, 8, 12, 16, 20, 30):
             torch.manual_seed(0)
-            spent, _ = seconds(lambda: fit(of(arm), train, epochs=n, lr=lr))  # the same, from all tokens
-            total = caching + spent
-            ours[arm] = dict(epochs=n, mAP=round(judged(head), 3), training=round(spent, 2), total=round(total, 2), ratio=round(theirs * each / total, 1))
-    return dict(target=round(0.98 * target, 3), article=dict(lr=best, epochs=theirs, seconds_an_epoch=round(each, 2), total=round(theirs * each, 1)),
-                caching=round(caching, 2), ours=ours, train=len(rows), val=len(held))
+            fit(head := of(arm), quick, epochs=n, lr=lr)
+            if (reached := judged(head)) >= target: break
+        torch.manual_seed(0)
+        spent, _ = seconds(lambda: fit(of(arm), train, epochs=n, lr=lr))  # the same, from all tokens
+        found["ours"][arm] = dict(epochs=n, mAP=round(reached, 3), reached=reached >= target, total=round(caching + spent, 2), ratio=round(epochs * each / (caching + spent), 1))
+    return found
 
 
 class Same:
