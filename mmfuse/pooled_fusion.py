@@ -46,9 +46,10 @@ class FusionHead(nn.Module):
         *,
         width:int=256, # of hidden layers, where there are any
         names:Tensor|None=None, # embeddings of the category names (C, Dt)
+        scored:bool=False, # the last C columns of image tokens are probabilities of the categories (`mmfuse.named`)
     ):
         super().__init__()
-        self.d_image, self.d_text, self.n_classes, self.width = d_image, d_text, n_classes, width
+        self.d_image, self.d_text, self.n_classes, self.width, self.scored = d_image, d_text, n_classes, width, scored
         if names is not None and tuple(names.shape) != (n_classes, d_text):
             raise MmfuseError(f"names are {tuple(names.shape)}, expected (C, Dt) = ({n_classes}, {d_text})")
         if "image" in self.reads: self.no_image, self.z_image = nn.Parameter(torch.randn(d_image) * 0.02), Standardize(d_image)
@@ -126,7 +127,7 @@ class NameSimilarity(nn.Module):
         self.z.std.copy_((both - both.mean(0)).flatten(2).std((0, 2), correction=0)[:, None].clamp(min=1e-6).expand_as(self.z.std))
 
     def forward(self, txt:Tensor, mask:Tensor) -> Tensor: # (B, C)
-        return (self.z(self.cosines(txt, mask)) * self.scale[:, None] * SPEED).sum(1)
+        return (self.z(self.cosines(txt.detach(), mask)) * self.scale[:, None] * SPEED).sum(1)
 
 # %% ../nbs/05_pooled_fusion.ipynb #258e89e1
 class TextHead(FusionHead):

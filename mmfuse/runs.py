@@ -43,6 +43,7 @@ from .hub import first_line
 from .image_encoder import make_image_encoder
 from .losses import bce
 from .metrics import mean_average_precision
+from .named import make_encoders, reading
 from .settings import Settings, begin
 from .shards import open_pairs
 from .text_encoder import embed_names, make_text_encoder
@@ -504,12 +505,14 @@ def _run(settings:Settings, feeds:Callable, model:Callable, about:dict, out:str|
 def _about(settings:Settings, d_image:int, d_text:int, classes:list[str]) -> dict:
     "What `load_head` needs to know."
     return dict(arm=settings.arm, width=settings.width, d_image=d_image, d_text=d_text,
-                classes=classes, image_encoder=settings.image_encoder,
+                classes=classes, image_encoder=settings.image_encoder if settings.end_to_end
+                else reading(settings.image_encoder),
                 text_encoder=settings.text_encoder, end_to_end=settings.end_to_end)
 
 def _head(about:dict, names:Tensor) -> nn.Module:
     return make_head(about["arm"], about["d_image"], about["d_text"], len(about["classes"]),
-                     width=about["width"], names=names)
+                     width=about["width"], names=names,
+                     scored=about["image_encoder"].endswith("+names"))
 
 # %% ../nbs/appendix/runs.ipynb #61b4f949
 def train_head(
@@ -577,8 +580,11 @@ def train(
     if data[0].classes != data[1].classes:
         raise MmfuseError(f"'{settings.train_split}' and '{settings.val_split}' have different "
                           f"categories")
+    if settings.end_to_end and settings.image_encoder.endswith("+names"):
+        raise MmfuseError(f"'{settings.image_encoder}' is for frozen encoders: leave out +names, or "
+                          "--end-to-end")
     if settings.end_to_end:
         return train_end_to_end(settings, *data, out, resume=resume, progress=progress)
-    encoders = make_image_encoder(settings.image_encoder), make_text_encoder(settings.text_encoder)
+    encoders = make_encoders(settings.image_encoder, settings.text_encoder, data[0].classes)
     tokens = [cache_tokens(d, *encoders, cache_dir=cache_dir, progress=progress) for d in data]
     return train_head(settings, *tokens, out, resume=resume, progress=progress)
