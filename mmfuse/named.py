@@ -152,7 +152,7 @@ class TextNames(nn.Module):
 
     def fit(self, txt:Tensor, mask:Tensor): fit_centre(self.z, self.scores(txt, mask))
     def forward(self, txt:Tensor, mask:Tensor) -> Tensor: # (B, C)
-        return (self.z(self.scores(txt.detach(), mask)) * self.scale[:, None] * FAST).sum(1)
+        return (self.z(self.scores(txt, mask)) * self.scale[:, None] * FAST).sum(1)
 
 # %% ../nbs/appendix/names.ipynb #27dec974
 class LabelLinks(nn.Module):
@@ -182,13 +182,18 @@ class NamedHead(FusionHead):
         if self.seen: self.seen.fit(img.mean(1))
         if self.said: self.said.fit(txt, mask)
 
+    def stand_in(self, txt:Tensor, here:Tensor) -> Tensor: # (B, T, Dt), bool (B, T)
+        "The stand-in as a constant: names need not learn it, and a gradient through all cosines would cost more than the rest."
+        return torch.where(here.unsqueeze(-1), self.no_text.detach(), txt)
+
     def forward(self, img:Tensor|None, txt:Tensor|None=None, mask:Tensor|None=None) -> Tensor: # (B, C)
+        given, real = txt, mask
         img, txt, mask = self.complete(img, txt, mask)
         out = self.bias()  # (C,)
         if self.linear_image: out = out + self.linear_image(self.z_image(img.mean(1)))  # (B, C)
         if self.linear_text: out = out + 3 * self.linear_text(self.z_text(masked_mean(txt, mask)))
         if self.seen: out = out + self.seen(img.mean(1))
-        if self.said: out = out + self.said(txt, mask)
+        if self.said: out = out + self.said(txt if given is None or real is None else self.stand_in(given, mask & ~real.bool()), mask)
         return self.links(out)
 
 # %% ../nbs/appendix/names.ipynb #d67df2d7

@@ -127,7 +127,7 @@ class NameSimilarity(nn.Module):
         self.z.std.copy_((both - both.mean(0)).flatten(2).std((0, 2), correction=0)[:, None].clamp(min=1e-6).expand_as(self.z.std))
 
     def forward(self, txt:Tensor, mask:Tensor) -> Tensor: # (B, C)
-        return (self.z(self.cosines(txt.detach(), mask)) * self.scale[:, None] * SPEED).sum(1)
+        return (self.z(self.cosines(txt, mask)) * self.scale[:, None] * SPEED).sum(1)
 
 # %% ../nbs/05_pooled_fusion.ipynb #258e89e1
 class TextHead(FusionHead):

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from mmfuse import ledger as module
-from mmfuse.data import CocoError
+from mmfuse.data import CocoError, CocoPairs
 from mmfuse.files import MmfuseError
 from mmfuse.fusion import HEADS
-from mmfuse.ledger import (RECOMMENDED, STANDARD, Split, as_frame, check_arms, choose_settings, draw, fold_splits, gain, pooled_image,
-                           read_folds, run, save, score_arm, score_arms, settings_of, tabulate, text_table, train_arm)
-from mmfuse.metrics import mean_average_precision
+from mmfuse.ledger import (LINEAR, RECOMMENDED, STANDARD, UNIMODAL, Split, as_frame, check_arms, choose_settings, draw, epochs_of, fold_splits,
+                           gain, largest_boxes, pooled_image, read_folds, recall, remember, run, save, score_arm, score_arms, settings_of,
+                           sliced_map, slices_of, tabulate, text_table, train_arm)
+from mmfuse.metrics import average_precision, mean_average_precision, paired_bootstrap
 from mmfuse.token_cache import Tokens
 from mmfuse.toy import toy_ceilings, toy_coco
 from mmfuse.training import predict
@@ -141,6 +142,113 @@ def test_gain_is_antisymmetric_and_invariant_to_monotone_scores():
     assert ab["absolute"] == pytest.approx(-ba["absolute"]) and ab["ci95"] == pytest.approx([-ba["ci95"][1], -ba["ci95"][0]])
     again = gain(np.exp(s["joint"]), 3 * s["text"] + 1, y, n=50)
     assert again["absolute"] == pytest.approx(ab["absolute"]) and again["ci95"] == pytest.approx(ab["ci95"])
+
+
+def test_gains_in_the_table_are_those_of_the_paired_bootstrap():
+    "All arms share one set of resamples; each pair alone gives the same interval."
+    y, scores = fake_scores()
+    t = tabulate(scores, y, resamples=64)
+    for arm, reference, key in (("joint", "text", "vs_best_unimodal"), ("late", "joint", "vs_joint")):
+        expected = paired_bootstrap(scores[arm], scores[reference], y, n=64)
+        got = t["gains"][arm][key]
+        assert [got["absolute"], *got["ci95"]] == pytest.approx(expected)
+
+
+def test_every_arm_that_reads_one_modality_counts_as_a_baseline():
+    assert set(UNIMODAL) == {a for a in HEADS if len(getattr(HEADS[a], "reads", "12")) == 1}
+    y, scores = fake_scores()
+    assert tabulate(scores | {"image_named": scores["joint"]}, y, resamples=8)["best_unimodal"] == "image_named"
+
+
+def test_the_recommended_arm_is_one_that_reads_both():
+    assert RECOMMENDED in STANDARD and HEADS[RECOMMENDED].reads == ("image", "text")
+
+
+@pytest.mark.parametrize("n", [1, 40, 340, 5000, 82081])
+def test_budgets_are_in_steps_and_at_least_five_passes(n):
+    per_pass = -(-n // 64)
+    for arm, least in (("joint", 200), ("cross_attention", 600)):
+        steps = epochs_of(arm, n) * per_pass
+        assert steps >= max(least, 5 * per_pass) and steps - per_pass < max(least, 5 * per_pass)
+    assert set(LINEAR) <= set(HEADS)
+
+
+def test_a_stopped_run_goes_on_where_it_was(toy, tmp_path, monkeypatch):
+    common = dict(test_split="val2017", arms=["image", "text", "joint"], seeds=1, epochs=1, cache_dir=tmp_path / "tokens", workers=1, progress=False)
+    whole = run(toy, **common).attrs["ledger"]
+    real, calls = module.score_arm, []
+
+    def stopping(arm, split, **kwargs):
+        calls.append(arm)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(arm, split, **kwargs)
+
+    monkeypatch.setattr(module, "score_arm", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, out=tmp_path / "x.json", **common)
+    assert not (tmp_path / "x.json").exists() and len(list((tmp_path / "x.parts").rglob("*.npz"))) == 2
+    again = run(toy, out=tmp_path / "x.json", **common).attrs["ledger"]
+    assert calls[3:] == calls[2:3], "only what was not done is done again"
+    assert not (tmp_path / "x.parts").exists()
+    for arm in whole["arms"]:
+        assert again["arms"][arm]["seeds"] == whole["arms"][arm]["seeds"]
+
+
+def test_parts_of_another_run_are_not_taken(toy, tmp_path, monkeypatch):
+    common = dict(test_split="val2017", arms=["text"], epochs=1, cache_dir=tmp_path / "tokens", workers=1, progress=False, out=tmp_path / "x.json")
+    monkeypatch.setattr(module, "save", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(toy, seeds=1, **common)
+    monkeypatch.undo()
+    assert len(run(toy, seeds=2, **common).attrs["ledger"]["arms"]["text"]["seeds"]) == 2
+
+
+def test_a_damaged_part_is_done_again(tmp_path):
+    result = dict(scores=np.ones((1, 2, 3)), setting={}, params=3)
+    remember(tmp_path, "text", 0, result)
+    back = recall(tmp_path, "text", 0)
+    assert np.array_equal(back.pop("scores"), result["scores"]) and back == dict(setting={}, params=3)
+    path = tmp_path / "text-0.npz"
+    path.write_bytes(path.read_bytes()[:40])
+    assert recall(tmp_path, "text", 0) is None and recall(tmp_path, "image", 0) is None and recall(None, "text", 0) is None
+
+
+def test_a_slice_leaves_out_other_positives_and_no_negative():
+    y, scores = fake_scores()
+    keep = np.random.default_rng(1).random(y.shape) < 0.5
+    expected = []
+    for c in range(C):
+        rows = [i for i in range(len(y)) if not y[i, c] or keep[i, c]]
+        expected.append(average_precision(scores["text"][0][rows, c], y[rows, c]))
+    assert sliced_map(scores["text"][0], y, keep) == pytest.approx(np.mean(expected))
+    assert sliced_map(scores["text"][0], y, keep | True) == pytest.approx(mean_average_precision(scores["text"][0], y))
+
+
+def test_slices_are_what_annotations_say(toy):
+    data = CocoPairs(toy, "val2017")
+    slices, boxes = slices_of(data), largest_boxes(data)
+    content = json.loads((toy / "annotations" / "instances_val2017.json").read_text())
+    some = content["annotations"][0]
+    at = data.image_ids.index(some["image_id"]), data.category_ids.index(some["category_id"])
+    same = [a for a in content["annotations"] if (a["image_id"], a["category_id"]) == (some["image_id"], some["category_id"])]
+    assert boxes[at] == max(a["bbox"][2] * a["bbox"][3] for a in same)
+    assert ((boxes > 0) == (data.labels.numpy() > 0)).all()
+    i, c = 3, int(data.labels[3].argmax())
+    assert slices["mentioned"][i, c] == bool(module.mentions(data.captions[i][0], data.classes)[c])
+    assert slices_of(data, 5)["mentioned"].sum() > slices["mentioned"].sum()
+    counts = data.labels.numpy().sum(0)
+    assert counts[slices["rare"][0]].max() < counts[slices["common"][0]].min()
+
+
+def test_the_ledger_has_its_slices_and_classes(finished):
+    _, ledger, out = finished
+    for name, s in ledger["slices"].items():
+        assert {"positives", "image", "text", "joint"} <= set(s), name
+    assert ledger["slices"]["mentioned"]["positives"] + ledger["slices"]["not mentioned"]["positives"] == sum(ledger["per_class"]["positives"])
+    there = [v for v in ledger["per_class"]["text"] if v is not None]
+    assert np.mean(there) == pytest.approx(ledger["arms"]["text"]["mAP"], abs=1e-3)
+    assert len(out.read_text().splitlines()) < 400
 
 
 def test_the_json_holds_what_tools_read(finished):

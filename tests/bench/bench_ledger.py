@@ -1,0 +1,155 @@
+"""What the ledger's page reads besides the ledger: `python tests/bench/bench_ledger.py PART DATA`.
+
+PART is audit (whose captions, which baselines), captions (one to five at test time), pictures (40 to 340 to train on) or encoders
+(others). DATA is a folder in COCO's layout with `val2017` and `folds.json`. Rates are the best of the search's inner folds
+(nbs/results/trials.json); one seed; every number is out of fold. Writes nbs/results/audit.json or scaling.json.
+"""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmfuse.data import CocoPairs, mask_mentions
+from mmfuse.files import provenance
+from mmfuse.ledger import Split, fold_splits, pooled_image, read_folds, train_arm
+from mmfuse.metrics import mean_average_precision, paired_bootstrap
+from mmfuse.named import make_encoders, reading
+from mmfuse.text_encoder import make_text_encoder, name_similarity
+from mmfuse.token_cache import cache_tokens
+from mmfuse.training import predict
+
+RESULTS = Path(__file__).resolve().parents[2] / "nbs" / "results"
+ARMS = ("image_named", "text_named", "joint", "named")
+
+
+RATES = dict(image=1e-3, text=1e-3, image_named=3e-4, text_named=3e-4, joint=3e-4, named=2e-4)
+
+
+def load(root, image="efficientnet_lite0", text="minilm"):
+    "Pooled tokens of all pictures, the dataset, whether the tokens carry scores."
+    data = CocoPairs(root, "val2017")
+    encoders = make_encoders(image, text, data.classes)
+    return pooled_image(cache_tokens(data, *encoders, progress=False)), data, reading(image).endswith("+names")
+
+
+def heads_of(arm, splits, scored, rate=None, **kwargs):
+    "A head for each fold."
+    setting = dict(fit=dict(lr=rate or RATES[arm]), head={})
+    return [train_arm(arm, s.train, setting, scored=scored, **kwargs) for s in splits]
+
+
+def judged(heads, splits, captions=1):
+    "Scores of all pictures, each by the head that has not seen it."
+    return np.concatenate([predict(h, s.test, captions=captions).numpy() for h, s in zip(heads, splits)])
+
+
+def with_captions(tokens, text, sentences):
+    "The same pictures with other captions: a list of sentences for each."
+    k = max(map(len, sentences))
+    flat = [(r + [""] * k)[:k] for r in sentences]
+    txt, mask = text.encode([c for r in flat for c in r])
+    said = torch.tensor([[bool(c) for c in r] for r in flat])
+    shape = len(flat), k
+    return replace(tokens, txt=txt.unflatten(0, shape).half().numpy(), mask=(mask.unflatten(0, shape) & said[..., None]).numpy())
+
+
+def other_captions(data, seed=0):
+    "First captions under another name: masked, of a picture with the same labels, of any picture, names only."
+    y, first = data.labels.numpy(), [c[0] for c in data.captions]
+    named = [[c for c, v in zip(data.classes, row) if v] for row in y]
+    overlap = (y @ y.T) / np.maximum(1, y.sum(1)[:, None] + y.sum(1)[None] - y @ y.T) - 2 * np.eye(len(y))
+    order = np.random.default_rng(seed).permutation(len(y))
+    return {"label words masked": [[mask_mentions(c, n)] for c, n in zip(first, named)],
+            "of the picture with the most similar labels": [[first[j]] for j in overlap.argmax(1)],
+            "of another picture, at random": [[first[np.roll(order, 1)[np.flatnonzero(order == i)[0]]]] for i in range(len(y))],
+            "the categories' names only": [[", ".join(n)] for n in named]}
+
+
+def row(scores, reference, y):
+    "mAP, and the gain over a reference with its interval."
+    value, base = mean_average_precision(scores, y), mean_average_precision(reference, y)
+    return dict(mAP=value, reference=base, absolute=value - base, relative=value / base - 1, ci95=list(paired_bootstrap(scores, reference, y, n=500)[1:]))
+
+
+def audit(root):
+    tokens, data, scored = load(root)
+    splits, order = fold_splits(tokens, read_folds(Path(root) / "folds.json"))
+    y, text = tokens.labels[order], make_text_encoder("minilm").freeze()
+    heads = {arm: heads_of(arm, splits, scored) for arm in ("image", "text", *ARMS)}
+    base = {arm: judged(h, splits) for arm, h in heads.items()}
+    nameless = [Split(*(replace(t, names=np.zeros_like(t.names)) for t in (s.train, s.test))) for s in splits]
+    base["image, untuned"] = judged(heads_of("image", splits, scored, rate=1e-3, epochs=10), splits)
+    base["text without names, untuned"] = judged(heads_of("text", nameless, scored, rate=1e-3, epochs=10), splits)
+    base["text by names, untrained"] = name_similarity(torch.tensor(tokens.txt[order, 0]).float(), torch.tensor(tokens.mask[order, 0]), torch.tensor(tokens.names)).numpy()
+    found = {"references": {r: {a: row(base[a], base[r], y) for a in ("joint", "named")} for r in base if r not in ("joint", "named")}}
+    whose = {"its own": None, **other_captions(data)}
+    found["test captions"] = {}
+    for name, sentences in whose.items():
+        changed = splits if sentences is None else fold_splits(with_captions(tokens, text, sentences), read_folds(Path(root) / "folds.json"))[0]
+        scores = {a: judged(heads[a], changed) for a in ("text_named", "named")}
+        found["test captions"][name] = {a: row(s, base["image_named"], y) for a, s in scores.items()}
+    masked = with_captions(tokens, text, [[mask_mentions(c, [n for n, v in zip(data.classes, r) if v]) for c in list(five)[:5]]
+                                          for five, r in zip(data.captions, tokens.labels)])
+    again = fold_splits(masked, read_folds(Path(root) / "folds.json"))[0]
+    scores = {a: judged(heads_of(a, again, scored), again) for a in ("text_named", "named")}
+    found["test captions"]["label words masked, in training too"] = {a: row(s, base["image_named"], y) for a, s in scores.items()}
+    found["test captions"]["label words masked, in training too"]["gain over text_named"] = row(scores["named"], scores["text_named"], y)
+    return found
+
+
+def captions(root):
+    tokens, _, scored = load(root)
+    splits, order = fold_splits(tokens, read_folds(Path(root) / "folds.json"))
+    heads = {arm: heads_of(arm, splits, scored) for arm in ("text_named", "joint", "named")}
+    y, found = tokens.labels[order], {}
+    for k in range(1, 6):
+        scores = {a: judged(h, splits, captions=k) for a, h in heads.items()}
+        found[k] = {a: mean_average_precision(s, y) for a, s in scores.items()} | {"gain": row(scores["named"], scores["text_named"], y)}
+    return found
+
+
+def pictures(root):
+    tokens, _, scored = load(root)
+    splits, order = fold_splits(tokens, read_folds(Path(root) / "folds.json"))
+    y, found = tokens.labels[order], {}
+    for n in (40, 80, 160, 340):
+        some = [Split(s.train.subset(np.random.default_rng(0).permutation(len(s.train))[:n]), s.test) for s in splits]
+        scores = {a: judged(heads_of(a, some, scored), some) for a in ARMS}
+        single = max(("image_named", "text_named"), key=lambda a: mean_average_precision(scores[a], y))
+        found[n] = {a: mean_average_precision(s, y) for a, s in scores.items()} | {"gain": row(scores["named"], scores[single], y)}
+    return found
+
+
+def encoders(root):
+    found = {}
+    for image, text in (("efficientnet_lite0@224", "minilm"), ("efficientnet_lite0@260+names", "minilm"), ("efficientnet_lite2@260+names", "minilm"),
+                        ("efficientnet_lite0", "tiny")):
+        tokens, _, scored = load(root, image, text)
+        splits, order = fold_splits(tokens, read_folds(Path(root) / "folds.json"))
+        y = tokens.labels[order]
+        scores = {a: judged(heads_of(a, splits, scored), splits) for a in ARMS}
+        single = max(("image_named", "text_named"), key=lambda a: mean_average_precision(scores[a], y))
+        found[f"{image}, {text}"] = {a: mean_average_precision(s, y) for a, s in scores.items()} | {"gain": row(scores["named"], scores[single], y)}
+    return found
+
+
+def rounded(x):
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    return [rounded(v) for v in x] if isinstance(x, (list, tuple)) else round(x, 4) if isinstance(x, float) else x
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    part, root, start = sys.argv[1], sys.argv[2], time.process_time()
+    path = RESULTS / ("audit.json" if part == "audit" else "scaling.json")
+    old = json.loads(path.read_text()) if path.exists() else {}
+    found = {"audit": audit, "captions": captions, "pictures": pictures, "encoders": encoders}[part](root)
+    minutes = round((time.process_time() - start) / 60, 1)
+    new = {**old, part: {**rounded(found), "provenance": provenance(seeds=1, cpu_minutes=minutes)}}
+    path.write_text(json.dumps(new, indent=1) + "\n")
