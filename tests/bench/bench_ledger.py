@@ -148,8 +148,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     part, root, start = sys.argv[1], sys.argv[2], time.process_time()
     path = RESULTS / ("audit.json" if part == "audit" else "scaling.json")
-    old = json.loads(path.read_text()) if path.exists() else {}
     found = {"audit": audit, "captions": captions, "pictures": pictures, "encoders": encoders}[part](root)
     minutes = round((time.process_time() - start) / 60, 1)
+    old = json.loads(path.read_text()) if path.exists() else {}
     new = {**old, part: {**rounded(found), "provenance": provenance(seeds=1, cpu_minutes=minutes)}}
     path.write_text(json.dumps(new, indent=1) + "\n")
