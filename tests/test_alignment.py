@@ -131,6 +131,17 @@ def test_a_second_caption_of_the_same_picture_is_no_negative(loss):
     assert (-alike[6] @ direction) > (-apart[6] @ direction)
 
 
+def test_ids_change_nothing_where_the_rows_of_a_picture_are_one_vector():
+    "What its first row pushes, its second row pulls: the sum is half a target each, which is what the ids say."
+    img, txt = vectors()
+    img = img[[0, 1, 0, 3, 1, 0]].clone().requires_grad_()  # as IDS has it
+    tied, plain = info_nce(img, txt, IDS), info_nce(img, txt)
+    torch.testing.assert_close(tied, plain)
+    apart = img + 0.1 * next(vectors(seed=2))
+    assert (info_nce(apart, txt, IDS) - info_nce(apart, txt)).abs() > 1e-4
+    assert siglip(img, txt, IDS) - siglip(img, txt) > 1e-4
+
+
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_odd_input_stays_finite(loss, dtype):
@@ -215,12 +226,42 @@ def test_wrong_shapes(loss):
         assert "\n" not in str(error.value) and isinstance(error.value, (MmfuseError, ValueError))
 
 
+def test_measures_refuse_what_they_cannot_measure():
+    x = torch.ones(4, 3)
+    for bad in (lambda: modality_gap(x, x[0]), lambda: modality_gap(x[:0], x), lambda: pair_distance(x, x[:3]),
+                lambda: uniformity(x[:1]), lambda: retrieval(x, x[0], torch.arange(4)), lambda: supcon(x, torch.ones(3, 2))):
+        with pytest.raises(AlignmentError) as error: bad()
+        assert "\n" not in str(error.value)
+
+
+def test_a_shift_and_a_turn_leave_a_linear_head_all_its_answers():
+    "The chapter's argument, and its limit: the gap and the ranks change, what can be said does not."
+    img, txt = vectors(b=40, d=8)
+    turn, shift = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0], torch.ones(8, dtype=torch.float64)
+    weight, moved = torch.randn(3, 16, dtype=torch.float64), txt @ turn.T + shift
+    new = torch.cat([weight[:, :8], weight[:, 8:] @ turn.T], 1)
+    answers = torch.cat([img, moved], 1) @ new.T - new[:, 8:] @ shift
+    torch.testing.assert_close(answers, torch.cat([img, txt], 1) @ weight.T)
+    assert modality_gap(img, moved) > modality_gap(img, txt) + 0.3
+
+
+@pytest.mark.parametrize("level", [0.3, 0.9])
+def test_a_constant_coordinate_moves_the_clouds_and_not_one_rank(level):
+    img, txt = (F.normalize(v, dim=1) for v in vectors(b=60, d=8))
+    far = level / math.sqrt(1 - level**2)
+    img_far, txt_far = (torch.cat([v, torch.full_like(v[:, :1], c)], 1) for v, c in ((img, far), (txt, -far)))
+    ids = torch.arange(60)
+    assert retrieval(img_far, txt_far, ids) == retrieval(img, txt, ids)
+    assert modality_gap(img_far, txt_far) > 2 * level
+
+
 def test_a_batch_of_one_picture_has_no_negatives():
     with pytest.raises(AlignmentError, match="no wrong partner"):
         hard_negatives(torch.zeros(3, 3), torch.ones(3))
 
 
 PROCESS = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -239,7 +280,9 @@ img, txt = all_gather(img), all_gather(txt)
 loss = info_nce(img, txt, ids) + siglip(img, txt, ids)
 loss.backward()
 torch.save(dict(loss=loss.detach(), grad=model.module.weight.grad, ids=ids), f"{folder}/{rank}.pt")
+dist.barrier() # neither leaves while the other still talks to it
 dist.destroy_process_group()
+os._exit(0) # gloo's threads do not always survive the interpreter's own end
 """
 
 
