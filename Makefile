@@ -25,7 +25,7 @@ $(READY): settings.ini setup.py
 	@echo "==> installing into .venv (the first time: 3 to 10 minutes, 6 GB; after a change of settings.ini: seconds)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
-	@set -o pipefail; PYTHONWARNINGS=ignore $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-build-isolation --editable '.[dev,offline]' | $(SAY)
+	@set -o pipefail; PYTHONWARNINGS=ignore $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-build-isolation --editable '.[dev,offline,onnx]' | $(SAY)
 	@touch $(READY)
 	@echo "==> .venv is ready"
 

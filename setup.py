@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 _parser = ConfigParser(delimiters=["="], interpolation=None)
 _parser.read(HERE / "settings.ini", encoding="utf-8")
 cfg = _parser["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "offline")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "offline", "onnx")}
 
 setup(
     name=cfg["lib_name"],

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'EXTRA', 'app', 'Data', 'CacheDir', 'ImageEncoder', 'TextEncoder', 'check_names', 'check_coco',
-           'check_encoder', 'toy', 'download', 'cache', 'ledger', 'shard', 'train', 'exercises', 'main']
+           'check_encoder', 'toy', 'download', 'cache', 'ledger', 'shard', 'train', 'diagnose', 'predict', 'exercises',
+           'main']
 
 # %% ../nbs/appendix/cli.ipynb #837c0232
 import json
@@ -233,6 +234,59 @@ def train(
     if int(os.environ.get("RANK", 0)) == 0:
         best = done.best
         print(f"{done.epoch} epochs; best validation mAP {best['val_map']:.3f} in epoch {best['epoch']}; weights: {out / 'best' / 'model.safetensors'}")
+
+# %% ../nbs/appendix/cli.ipynb #aced1b83
+@app.command()
+def diagnose(
+    run: Annotated[Optional[Path], typer.Option(help="a folder of `mmfuse train`: its best weights, judged on its validation split")] = None,
+    data: Data = None,
+    train_split: Annotated[str, typer.Option(help="split to train on")] = "train2017",
+    test_split: Annotated[Optional[str], typer.Option(help="split to judge on; the toy's val2017 if no --data is given")] = None,
+    folds: Annotated[Optional[Path], typer.Option(help="JSON {image_id: fold}: judge out of fold instead of on a test split")] = None,
+    image_encoder: ImageEncoder = "tiny",
+    text_encoder: TextEncoder = "tiny",
+    arms: Annotated[str, typer.Option(help="names with commas between them, or all; trained here")] = "image,joint,concat",
+    n: Annotated[int, typer.Option("--n", min=2, help="pictures at most that judge; a head runs over n x n pairs")] = 300,
+    out: Annotated[Optional[Path], typer.Option(help="a JSON file; a figure is drawn beside it")] = None,
+    cache_dir: CacheDir = None,
+):
+    "Is it fusion? What a head makes of the picture, of the caption, and of the two together."
+    names = check_names(arms)
+    if run and (data or folds or test_split): raise MmfuseError("--run knows its own data: leave --data, --test-split and --folds out")
+    if run and not run.is_dir(): raise MmfuseError(f"no folder '{run}': --run wants one that `mmfuse train` wrote")
+    if data: check_coco(data, train_split)
+    if data and bool(folds) == bool(test_split): raise MmfuseError("say what to judge on: either --test-split or --folds")
+    if test_split and data: check_coco(data, test_split)
+    if folds and not folds.is_file(): raise MmfuseError(f"no file '{folds}': --folds wants JSON {{image_id: fold}}")
+    for name in (image_encoder, text_encoder): check_encoder(name)
+    if out: check_output(out), check_output(out.with_suffix(".png"))
+    from mmfuse.diagnostics import diagnose as judge, text_report
+    print(text_report(judge(data, run=run, arms=names, train_split=train_split, test_split=test_split, folds=folds, image_encoder=image_encoder,
+                            text_encoder=text_encoder, n=n, out=out, cache_dir=cache_dir)))
+    if out: print(f"written: {out} and {out.with_suffix('.png')}")
+
+# %% ../nbs/appendix/cli.ipynb #9b53df0c
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="a folder that save_pretrained wrote, or an id of the hub")],
+    image: Annotated[Optional[Path], typer.Option(help="a picture")] = None,
+    caption: Annotated[Optional[str], typer.Option(help="a sentence")] = None,
+    table: Annotated[Optional[Path], typer.Option("--csv", help="questions: columns image, relative to the file, and caption; either may be empty")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="a CSV file for the answers: the table with a column a class")] = None,
+    top: Annotated[int, typer.Option(min=1, help="classes to print for a question")] = 5,
+):
+    "Names and probabilities for a picture, a caption, or both."
+    if table and (image or caption): raise MmfuseError("give either --csv or --image and --caption")
+    if not (table or image or caption): raise MmfuseError("nothing to classify: give --image, --caption, or --csv")
+    if out and not table: raise MmfuseError("--out goes with --csv")
+    for p in filter(None, (image, table)):
+        if not p.is_file(): raise MmfuseError(f"no file '{p}'")
+    if Path(model).exists() and not (Path(model) / "config.json").is_file(): raise MmfuseError(f"'{model}' has no config.json: give a folder that save_pretrained wrote")
+    if out: check_output(out)
+    from mmfuse.classifier import MultimodalClassifier, answer_table
+    classifier = MultimodalClassifier.from_pretrained(model)
+    if table: return print(answer_table(classifier, table, out, top=top))
+    for name, p in classifier.predict([image], [caption], top=top)[0].items(): print(f"{p:.3f}  {name}")
 
 # %% ../nbs/appendix/cli.ipynb #9c927efb
 @app.command()
