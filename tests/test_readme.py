@@ -20,6 +20,24 @@ def test_python_in_the_readme_runs():
     assert names["logits"].shape == names["without_caption"].shape == (2, 80)
 
 
+def test_the_operator_of_contributing_keeps_the_contract():
+    import torch
+
+    import test_fusion as contract
+    from mmfuse.fusion import HEADS
+    (code,) = blocks(TEXTS["CONTRIBUTING.md"], "python")
+    try:
+        exec(code, {})
+        def build(seed=0): return contract.make("product", seed)
+        for clause in (contract.registers_and_trains_every_parameter, contract.answers_each_sample_alone, contract.ignores_padding,
+                       contract.reads_what_it_claims_and_nothing_else, contract.welcomes_a_missing_modality, contract.has_the_right_gradients,
+                       contract.travels_as_a_state_dict_and_repeats_itself, contract.can_be_exported):
+            torch.manual_seed(0)
+            clause(build)
+    finally:
+        HEADS.pop("product", None)
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_make_targets_exist(name):
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
