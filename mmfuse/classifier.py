@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD', 'coco_from_csv', 'coco_from_folder', 'MultimodalClassifier', 'answer_table']
 
-# %% ../nbs/13_your_own.ipynb #68422364
+# %% ../nbs/13_your_own.ipynb #475f9dbe
 import csv
 import io
 import json
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -66,7 +65,7 @@ def _read_table(
         picture.labels |= {name.strip() for name in (line["labels"] or "").split(sep) if name.strip()}
     return list(found.values())
 
-# %% ../nbs/13_your_own.ipynb #bc31931f
+# %% ../nbs/13_your_own.ipynb #cb9c3ad1
 def _write_split(root:Path, split:str, pictures:list[_Picture], classes:list[str], first:int):
     "One split in COCO's layout: pictures copied, two JSON files."
     (root / split).mkdir(parents=True), (root / "annotations").mkdir(exist_ok=True)
@@ -76,11 +75,11 @@ def _write_split(root:Path, split:str, pictures:list[_Picture], classes:list[str
         name = f"{i:012d}{p.path.suffix.lower()}"
         shutil.copyfile(p.path, root / split / name)
         images.append(dict(id=i, file_name=name, width=w, height=h))
-        said += [dict(id=len(said) + 1, image_id=i, caption=c) for c in p.captions]
-        seen += [dict(id=len(seen) + 1, image_id=i, category_id=classes.index(k) + 1) for k in sorted(p.labels)]
+        said += [dict(image_id=i, caption=c) for c in p.captions]
+        seen += [dict(image_id=i, category_id=classes.index(k) + 1) for k in sorted(p.labels)]
     categories = [dict(id=n, name=k) for n, k in enumerate(classes, 1)]
     for kind, annotations, more in (("captions", said, {}), ("instances", seen, dict(categories=categories))):
-        content = dict(images=images, annotations=annotations, **more)
+        content = dict(images=images, annotations=[dict(id=n, **a) for n, a in enumerate(annotations, 1)], **more)
         (root / "annotations" / f"{kind}_{split}.json").write_text(json.dumps(content), encoding="utf-8")
 
 def _write(pictures:list[_Picture], root:str|Path, val_share:float, seed:int, where:str|Path) -> Path:
@@ -124,7 +123,7 @@ def coco_from_folder(
     said = lambda f: [l.strip() for l in f.with_suffix(".txt").read_text(encoding="utf-8").splitlines() if l.strip()] if f.with_suffix(".txt").is_file() else []
     return _write([_Picture(f, 0, said(f), {f.parent.name}) for f in files], root, val_share, seed, path)
 
-# %% ../nbs/13_your_own.ipynb #1effb75a
+# %% ../nbs/13_your_own.ipynb #628ddb3c
 class MultimodalClassifier(nn.Module, ModelHubMixin, library_name="mmfuse", tags=["multimodal", "image-text", "multi-label"]):
     "Pictures and captions to named classes: frozen encoders and a fusion head, in the conventions of the Hugging Face hub."
     def __init__(self,
@@ -153,10 +152,11 @@ class MultimodalClassifier(nn.Module, ModelHubMixin, library_name="mmfuse", tags
     ) -> "MultimodalClassifier":
         "Local files first, the hub (or `$HF_ENDPOINT`) once; `MmfuseError` says in one line what is missing or does not fit."
         name = str(pretrained_model_name_or_path)
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file(): raise MmfuseError(f"'{name}' has no config.json: give a folder that save_pretrained wrote")
         try:
             if not Path(name).is_dir() and unreachable(hf_hub_url(name, "config.json")): kwargs["local_files_only"] = True
             return super().from_pretrained(name, **kwargs)
-        except (OSError, HFValidationError) as e:
+        except (OSError, ValueError) as e:
             raise MmfuseError(f"no model '{name}': no such folder, and the hub does not give it ({first_line(e)}): give a folder that save_pretrained wrote") from None
 
     @property

@@ -213,7 +213,7 @@ def robustness_curve(
         curve.append(float(np.mean([metric(torch.where(h[:, None], bad, good), y) for h in hit])))
     return curve
 
-# %% ../nbs/12_is_it_fusion.ipynb #0deb06e9
+# %% ../nbs/12_is_it_fusion.ipynb #30722cb7
 def gradient_share(
     head:nn.Module, # head(img, txt, mask) -> logits (B, C)
     img:Tensor, # (N, P, Di)
@@ -226,6 +226,7 @@ def gradient_share(
     std = img.std((0, 1)), txt[mask].std(0)
     with evaluating(head), torch.enable_grad():
         loss = bce(head(img + shift[0] * std[0], txt + shift[1] * std[1], mask), y)
+        if not loss.requires_grad: return float("nan")
         pulls = torch.autograd.grad(loss, shift, allow_unused=True)
     image, text = (0.0 if g is None else g.flatten(1).norm(dim=1).mean().item() for g in pulls)
     return text / (image + text) if image + text else float("nan")
@@ -274,7 +275,7 @@ def collect(
                other_text=torch.stack([_logits(head, img, txt[p], mask[p]) for p in orders]))
     return {k: v.detach().cpu().numpy() for k, v in out.items()}
 
-# %% ../nbs/12_is_it_fusion.ipynb #830f5129
+# %% ../nbs/12_is_it_fusion.ipynb #720a7211
 def report(
     parts:list[dict], # of `collect`: one, or one a fold
     *,
@@ -284,18 +285,19 @@ def report(
     join = {k: np.concatenate([p[k] for p in parts], axis=-2) for k in parts[0] if k not in ("shares", "gradient")}
     y, m = join["y"], lambda k: mean_average_precision(join[k], join["y"])
     value, low, high = paired_bootstrap(join["both"], join["emap"], y, n=resamples)
+    pull = float(np.mean([p["gradient"] for p in parts]))
     v = dict(neither=float(y.mean(0, dtype=float)[y.any(0)].mean()), image_alone=m("image_alone"), text_alone=m("text_alone"), both=m("both"))
     out = dict(pictures=len(y), mAP=v["both"], interaction=dict(emap=m("emap"), absolute=value, ci95=[low, high]),
                variance=dict(zip(("image", "text", "interaction"), np.nanmean([p["shares"] for p in parts], axis=(0, 2)).tolist())),
                shapley=dict(image=(v["image_alone"] - v["neither"] + v["both"] - v["text_alone"]) / 2, text=(v["text_alone"] - v["neither"] + v["both"] - v["image_alone"]) / 2,
                             synergy=v["both"] - v["image_alone"] - v["text_alone"] + v["neither"]),
-               gradient=float(np.mean([p["gradient"] for p in parts])), missing=dict(image=m("no_image"), text=m("no_text")), permuted={})
+               gradient=pull if np.isfinite(pull) else None, missing=dict(image=m("no_image"), text=m("no_text")), permuted={})
     for k in ("image", "text"):
         scores = [mean_average_precision(s, y) for s in join[f"other_{k}"]]
         out["permuted"][k] = dict(mAP=float(np.mean(scores)), std=float(np.std(scores, ddof=1)), drop=v["both"] - float(np.mean(scores)))
     return out | dict(verdict=verdict(out))
 
-# %% ../nbs/12_is_it_fusion.ipynb #5fe4a159
+# %% ../nbs/12_is_it_fusion.ipynb #dcf3e99a
 def verdict(
     r:dict, # of `report`
 ) -> str: # one sentence
@@ -307,7 +309,7 @@ def verdict(
     if len(reads) == 1: return f"Not fusion: it reads the {reads[0]} alone."
     if low > 0: return f"Fusion: what it makes of the pair is worth {worth} mAP over a sum of two opinions."
     if r["variance"]["interaction"] < 0.001: return "A vote: it adds an opinion of the picture and one of the caption."
-    return f"A vote in effect: it relates the two, and a sum of two opinions does as well ({worth} mAP)." if high > 0 else f"A vote would be better: what it makes of the pair costs {worth} mAP." 
+    return f"A vote in effect: it relates the two, and a sum of two opinions does as well ({worth} mAP)." if high >= 0 else f"A vote would be better: what it makes of the pair costs {worth} mAP." 
 
 # %% ../nbs/12_is_it_fusion.ipynb #47d72e84
 def draw(
@@ -332,7 +334,7 @@ def draw(
     fig.legend(ncols=3, loc="outside upper center")
     return fig
 
-# %% ../nbs/12_is_it_fusion.ipynb #9b566ff5
+# %% ../nbs/12_is_it_fusion.ipynb #41d4be2b
 def text_report(
     reports:dict[str, dict], # of `report`, by arm
 ) -> str: # lines for a terminal
@@ -343,7 +345,7 @@ def text_report(
                   "  variance of the logits: " + ", ".join(f"{k} {s:.0%}" for k, s in r["variance"].items()),
                   "  earned (Shapley): " + ", ".join(f"{k} {s:+.3f}" for k, s in r["shapley"].items())]
         lines += [f"  {k}: missing {r['missing'][k]:.3f}, another picture's {p['mAP']:.3f} (std {p['std']:.3f})" for k, p in r["permuted"].items()]
-        lines += [f"  the caption's share of the gradient: {r['gradient']:.0%}"]
+        if r["gradient"] is not None: lines += [f"  the caption's share of the gradient: {r['gradient']:.0%}"]
     return "\n".join(lines)
 
 # %% ../nbs/12_is_it_fusion.ipynb #9fa4eebb
