@@ -24,7 +24,7 @@ DOCS = ROOT / "_docs"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 CHAPTERS = sorted(p.stem.split("_", 1)[1] for p in (ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"))
 TERMS = {"data": "crowd", "preprocessing": "WordPiece", "image_encoder": "BatchNorm", "text_encoder": "UNK", "attention": "softmax", "pooled_fusion": "FiLM",
-         "token_fusion": "bottleneck", "losses": "focal", "alignment": "InfoNCE", "metrics": "bootstrap", "training": "schedule", "coco": "ledger",
+         "token_fusion": "bottleneck", "losses": "focal", "alignment": "InfoNCE", "metrics": "bootstrap", "training": "schedule", "longer": "clipping", "balance": "OGM-GE", "coco": "ledger",
          "is_it_fusion": "EMAP", "your_own": "from_pretrained"}
 
 
