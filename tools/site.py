@@ -103,6 +103,8 @@ def mathml(soup: BeautifulSoup) -> list[str]:
 def alt_texts(soup: BeautifulSoup) -> list[str]:
     "Give a picture without alt text its figure's caption; gives what has neither."
     problems = []
+    for logo in soup.select("a.sidebar-logo-link img"):
+        logo["alt"] = "mmfuse: the first page"
     for picture in (soup.main or soup).find_all("img"):
         if picture.get("alt"):
             continue
