@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD', 'coco_from_csv', 'coco_from_folder', 'MultimodalClassifier', 'answer_table']
 
-# %% ../nbs/13_your_own.ipynb #475f9dbe
+# %% ../nbs/13_your_own.ipynb #4498a732
 import csv
 import io
 import json
@@ -29,11 +29,11 @@ from .data import CocoError, CocoPairs, decode_image
 from .files import MmfuseError, atomic
 from .fusion import make_head
 from .hub import first_line, load_weights, unreachable
-from .image_encoder import make_image_encoder
 from .ledger import gain
 from .losses import bce
 from .metrics import mean_average_precision
-from .text_encoder import embed_names, make_text_encoder
+from .named import make_encoders, reading
+from .text_encoder import embed_names
 from .token_cache import Tokens, cache_tokens
 from .training import fit, predict
 
@@ -123,7 +123,7 @@ def coco_from_folder(
     said = lambda f: [l.strip() for l in f.with_suffix(".txt").read_text(encoding="utf-8").splitlines() if l.strip()] if f.with_suffix(".txt").is_file() else []
     return _write([_Picture(f, 0, said(f), {f.parent.name}) for f in files], root, val_share, seed, path)
 
-# %% ../nbs/13_your_own.ipynb #628ddb3c
+# %% ../nbs/13_your_own.ipynb #9538a953
 class MultimodalClassifier(nn.Module, ModelHubMixin, library_name="mmfuse", tags=["multimodal", "image-text", "multi-label"]):
     "Pictures and captions to named classes: frozen encoders and a fusion head, in the conventions of the Hugging Face hub."
     def __init__(self,
@@ -137,13 +137,19 @@ class MultimodalClassifier(nn.Module, ModelHubMixin, library_name="mmfuse", tags
         super().__init__()
         if not classes or len(set(classes)) < len(classes): raise MmfuseError(f"classes must be names, each once; got {list(classes)}")
         self.classes, self.arm, self.width, self.single = list(classes), arm, width, single
-        self.image_encoder, self.text_encoder = make_image_encoder(image_encoder).freeze(), make_text_encoder(text_encoder).freeze()
-        names = embed_names(self.text_encoder, self.classes).float()
-        self.head = make_head(arm, self.image_encoder.dim, self.text_encoder.dim, len(classes), width=width, names=names)
+        image_encoder = reading(image_encoder)
+        self.image_encoder, self.text_encoder = make_encoders(image_encoder, text_encoder, self.classes)
+        self.scored = image_encoder.endswith("+names")
+        self.head = self._make_head(arm, width)
         self.config = dict(classes=self.classes, arm=arm, image_encoder=image_encoder, text_encoder=text_encoder, width=width, single=single,
                            encoders=dict(image=self.image_encoder.key, text=self.text_encoder.key))
         self.judged: dict|None = None # of `evaluate`, for the model card
         self.eval()
+
+    def _make_head(self, arm:str, width:int=256) -> nn.Module:
+        "A fresh head for these encoders and classes."
+        names = embed_names(self.text_encoder, self.classes).float()
+        return make_head(arm, self.image_encoder.dim, self.text_encoder.dim, len(self.classes), width=width, names=names, scored=self.scored)
 
     @classmethod
     def from_pretrained(cls,
@@ -180,7 +186,7 @@ def _method(f:Callable) -> Callable:
     setattr(MultimodalClassifier, f.__name__, f)
     return f
 
-# %% ../nbs/13_your_own.ipynb #f61e413a
+# %% ../nbs/13_your_own.ipynb #ead2f035
 def _one_of(logits:Tensor, y:Tensor) -> Tensor: # ()
     "Cross-entropy for one class a picture."
     return F.cross_entropy(logits, y / y.sum(1, keepdim=True))
@@ -216,7 +222,7 @@ def _evaluate(self:MultimodalClassifier,
     if common: raise MmfuseError(f"{len(common)} pictures were trained on, the first is {min(common)}: judge on others")
     scores = {self.arm: predict(self.head, test).numpy()}
     for arm in ("image", "text"):
-        head = make_head(arm, self.image_encoder.dim, self.text_encoder.dim, len(self.classes), names=torch.tensor(train.names)).to(self.device)
+        head = self._make_head(arm).to(self.device)
         fit(head, train, loss=_one_of if self.single else bce, **kwargs)
         scores[arm] = predict(head, test).numpy()
     quality = {arm: mean_average_precision(s, test.labels) for arm, s in scores.items()}
@@ -353,7 +359,7 @@ def _load(cls, *, model_id:str, revision=None, cache_dir=None, force_download=Fa
 
 MultimodalClassifier._save_pretrained, MultimodalClassifier._from_pretrained = _save, _load
 
-# %% ../nbs/13_your_own.ipynb #749fae87
+# %% ../nbs/13_your_own.ipynb #4cde8cac
 def _grown(
     old:Tensor, # of a trained head, an axis is C
     new:Tensor, # of a fresh head with more classes
@@ -372,6 +378,7 @@ def _with_classes(self:MultimodalClassifier,
     *names:str, # new classes
 ) -> MultimodalClassifier: # another classifier, with them behind the old ones
     "Add classes by their names alone; for arms that read names: text, late, joint, label_query."
+    if self.scored: raise MmfuseError(f"the tokens of '{self.config['image_encoder']}' count the classes: for classes by name take an encoder without +names, such as efficientnet_lite0@224")
     if not any(k.endswith("names") for k in self.head.state_dict()): raise MmfuseError(f"the arm '{self.arm}' does not read names: it cannot take a class that it was not trained on")
     other = MultimodalClassifier([*self.classes, *names], **{k: v for k, v in self.config.items() if k not in ("classes", "encoders")})
     fresh = other.head.state_dict()

@@ -7,7 +7,7 @@ __all__ = ['evaluating', 'PairGrid', 'pair_grid', 'emap', 'Permuted', 'permutati
            'robustness_curve', 'gradient_share', 'attention_maps', 'collect', 'report', 'verdict', 'draw',
            'text_report', 'diagnose', 'save']
 
-# %% ../nbs/12_is_it_fusion.ipynb #94e398cf
+# %% ../nbs/12_is_it_fusion.ipynb #384e2e1c
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,13 +24,13 @@ from .attention import MultiHeadAttention
 from .data import CocoPairs
 from .files import MmfuseError, atomic, check_output, provenance
 from .fusion import HEADS
-from .image_encoder import make_image_encoder
+from .feeds import EndToEnd
 from .ledger import Split, _load, choose_settings, pooled_image, train_arm
 from .losses import bce
 from .metrics import mean_average_precision, paired_bootstrap
+from .named import make_encoders, reading
 from .runs import load_head
 from .settings import Settings
-from .text_encoder import make_text_encoder
 from .token_cache import Tokens, cache_tokens
 from .toy import toy_coco
 from .training import take
@@ -348,7 +348,7 @@ def text_report(
         if r["gradient"] is not None: lines += [f"  the caption's share of the gradient: {r['gradient']:.0%}"]
     return "\n".join(lines)
 
-# %% ../nbs/12_is_it_fusion.ipynb #9fa4eebb
+# %% ../nbs/12_is_it_fusion.ipynb #e218b5af
 def diagnose(
     data:str|Path|None=None, # a folder in COCO's layout; the toy COCO if not given
     *,
@@ -367,14 +367,17 @@ def diagnose(
     "`mmfuse diagnose`: is it fusion?"
     if out: out = check_output(out)
     if run:
-        about = _settings_of(run)
-        encoders = make_image_encoder(about.image_encoder), make_text_encoder(about.text_encoder)
-        head, tokens = load_head(run), cache_tokens(CocoPairs(about.data or toy_coco(), about.val_split), *encoders, cache_dir=cache_dir, progress=progress)
-        reports = {about.arm: report([collect(head, tokens.subset(slice(0, n)), progress=progress)])}
+        about, model = _settings_of(run), load_head(run)
+        pairs = CocoPairs(about.data or toy_coco(), about.val_split)
+        encoders = make_encoders(about.image_encoder, about.text_encoder, pairs.classes)
+        if isinstance(model, EndToEnd): encoders, model = (model.image.freeze(), model.text.freeze()), model.head
+        tokens = cache_tokens(pairs, *encoders, cache_dir=cache_dir, progress=progress)
+        reports = {about.arm: report([collect(model, tokens.subset(slice(0, n)), progress=progress)])}
     else:
         if not data: data, test_split = toy_coco(), None if folds else test_split or "val2017"
         splits = _load(data, train_split, test_split, folds, None, dict(image=image_encoder, text=text_encoder), cache_dir, progress)[0]
-        reports = {arm: report([_judge(arm, s, n, progress) for s in splits]) for arm in arms}
+        scored = reading(image_encoder).endswith("+names")
+        reports = {arm: report([_judge(arm, s, n, scored, progress) for s in splits]) for arm in arms}
     if out: save(reports, out)
     return reports
 
@@ -384,10 +387,10 @@ def _settings_of(run:str|Path) -> Settings:
     try: return Settings(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as e: raise MmfuseError(f"'{path}' is not the configuration of a run ({e}): give a folder that `mmfuse train` wrote") from None
 
-def _judge(arm:str, split:Split, n:int, progress:bool) -> dict:
+def _judge(arm:str, split:Split, n:int, scored:bool, progress:bool) -> dict:
     "Train an arm on a split with settings of its own choice, and collect."
     if HEADS[arm].pools_image: split = Split(pooled_image(split.train), pooled_image(split.test))
-    head = train_arm(arm, split.train, choose_settings(arm, split.train)[0])
+    head = train_arm(arm, split.train, choose_settings(arm, split.train, scored=scored)[0], scored=scored)
     return collect(head, split.test.subset(slice(0, n)), progress=progress)
 
 def save(

