@@ -50,6 +50,11 @@ def test_the_solutions_refuse_three_answers_and_accept_one(number):
     assert any(f"{number} {EVERY[number].title} · right" in outputs for outputs in accepted)
 
 
+@pytest.mark.parametrize("page", sorted(p.stem for p in NBS.glob("[0-9]*_*.ipynb")))
+def test_every_chapter_has_exercises(page):
+    assert len([n for n in EVERY if n.split(".")[0] == page.split("_")[0]]) >= 2
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     "A reader who begins, outside `nbdev_test`."
