@@ -397,7 +397,7 @@ def run(
     scores = {arm: np.concatenate([r["scores"] for r in found[arm]], axis=1) for arm in arms}
     ledger = dict(data=dict(train=n, test=len(judged), classes=len(judged.classes)), encoders=encoders, recommended=RECOMMENDED, **tabulate(scores, judged.labels))
     for arm, r in ledger["arms"].items():
-        r |= dict(params=found[arm][0]["params"], train_seconds=round(float(np.mean([f["train_seconds"] for f in found[arm]])), 2),
+        r |= dict(params=found[arm][0]["params"], train_seconds=round(float(np.mean([f["train_seconds"] for f in found[arm]])), 4),
                   settings=[f["setting"] for f in found[arm]])
     ledger["slices"] = {name: _sliced(scores, judged.labels, keep) for name, keep in slices.items()}
     ledger["per_class"] = dict(classes=list(judged.classes), positives=judged.labels.sum(0).astype(int).tolist(),

@@ -339,7 +339,8 @@ def test_a_process_that_is_stopped_leaves_whole_files_and_the_next_one_goes_on(s
     args = [sys.executable, "-c", AGAIN, str(tmp_path / "coco"), server.url, str(len(body)), hashlib.md5(body).hexdigest()]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     server.delay = 0.2
-    process = subprocess.Popen(args, env=env)
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that it is ignored
+    process = subprocess.Popen(args, env=env, preexec_fn=heeds)
     while len(server.log) < 12:
         assert process.poll() is None
         time.sleep(0.02)
