@@ -30,7 +30,7 @@ TERMS = {"data": "crowd", "preprocessing": "WordPiece", "image_encoder": "BatchN
 
 @pytest.fixture(scope="module")
 def chromium():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright: make setup")
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need two packages: pip install playwright axe-playwright-python")
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not path:
         pytest.skip("the browser tests need Chromium: apt-get install chromium, or set CHROMIUM")
