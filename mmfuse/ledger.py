@@ -34,7 +34,8 @@ from tqdm import tqdm
 from .data import CocoError, CocoPairs, mentions
 from .files import MmfuseError, atomic, check_output, provenance
 from .fusion import HEADS, make_head
-from .metrics import _interval, _resampled_map, average_precision, cf1_of1, mean_average_precision, paired_bootstrap, per_class_ap
+from .metrics import (_interval, _resampled_map, average_precision, cf1_of1,
+                            mean_average_precision, paired_bootstrap, per_class_ap)
 from .named import make_encoders, reading
 from .token_cache import Tokens, cache_tokens
 from .toy import toy_ceilings, toy_coco
@@ -44,19 +45,19 @@ from .viz import CEILING, INK, bars, new_figure, style
 # %% ../nbs/11_coco.ipynb #19efdb19
 RECOMMENDED = "named" # before the run that judges it
 UNIMODAL = ("image", "text", "image_named", "text_named")
-STANDARD = ("image", "text", "image_named", "text_named", "late", "concat", "joint", "named", "article", "cross_attention", "label_query") # of a run that names none
-REFERENCES = dict(vs_late="late", vs_joint="joint", vs_article="article") # beside the best single modality
-
+STANDARD = (*UNIMODAL, "late", "concat", "joint", "named", "article", "cross_attention",
+            "label_query") # of a run that names none
+REFERENCES = dict(vs_late="late", vs_joint="joint", vs_article="article") # beside the best single
 
 # %% ../nbs/11_coco.ipynb #d6f8d923
 def settings_of(
     arm:str, # one of `HEADS`
 ) -> list[dict]: # six settings: `fit` for training, `head` for `make_head`
-    "What an arm may choose from: for a linear head its rate, for others a rate and a width (chapter 10: the rate is the model)."
+    "What an arm may choose from: a rate, and for heads with layers of their own a width."
     if not hasattr(HEADS[arm], "widths"):
         return [dict(fit=dict(lr=lr), head={}) for lr in (5e-5, 1e-4, 2e-4, 4e-4, 1e-3, 3e-3)]
-    return [dict(fit=dict(lr=lr), head=dict(width=w)) for w, lr in product(HEADS[arm].widths, (3e-4, 1e-3, 3e-3))]
-
+    return [dict(fit=dict(lr=lr), head=dict(width=width))
+            for width, lr in product(HEADS[arm].widths, (3e-4, 1e-3, 3e-3))]
 
 # %% ../nbs/11_coco.ipynb #2d0ac0f1
 @dataclass
@@ -70,24 +71,33 @@ def read_folds(
     path:str|Path, # JSON {image_id: fold}
 ) -> dict[int, int]: # image_id -> fold
     "The folds of a file; `MmfuseError` says what is wrong with it."
-    try: folds = {int(k): v for k, v in json.loads(Path(path).read_text(encoding="utf-8")).items()}
+    try:
+        folds = json.loads(Path(path).read_text(encoding="utf-8"))
+        folds = {int(k): v for k, v in folds.items()}
     except (OSError, ValueError, AttributeError) as e:
-        raise MmfuseError(f"cannot read folds from '{path}' ({e}): expected JSON {{image_id: fold}}") from None
-    if len(set(map(str, folds.values()))) < 2: raise MmfuseError(f"'{path}' has fewer than two folds: nothing to judge on")
+        raise MmfuseError(f"cannot read folds from '{path}' ({e}): expected JSON "
+                          "{image_id: fold}") from None
+    if len(set(map(str, folds.values()))) < 2:
+        raise MmfuseError(f"'{path}' has fewer than two folds: nothing to judge on")
     return folds
 
 # %% ../nbs/11_coco.ipynb #bedd8448
 def fold_splits(
     tokens:Tokens, # of all pictures
     folds:dict[int, int], # image_id -> fold; others may be in it
-) -> tuple[list[Split], np.ndarray]: # one split a fold, and where each judged picture stands in `tokens` (N,)
+) -> tuple[list[Split], np.ndarray]: # one split a fold, and the row of each judged picture (N,)
     "Train on all folds but one, judge on that one, for each."
-    fold = np.array([str(folds.get(i)) for i in tokens.image_id.tolist()])
-    lost = tokens.image_id[fold == "None"].tolist()
-    if lost: raise MmfuseError(f"{len(lost)} pictures have no fold, the first is {lost[0]}: give each picture of the data a fold")
-    if len(np.unique(fold)) < 2: raise MmfuseError("all pictures of the data are in one fold: nothing to judge on")
+    lost = [i for i in tokens.image_id.tolist() if i not in folds]
+    if lost:
+        raise MmfuseError(f"{len(lost)} pictures have no fold, the first is {lost[0]}: give each "
+                          "picture of the data a fold")
+    fold = np.array([str(folds[i]) for i in tokens.image_id.tolist()])
+    if len(np.unique(fold)) < 2:
+        raise MmfuseError("all pictures of the data are in one fold: nothing to judge on")
     rows = [np.flatnonzero(fold == f) for f in np.unique(fold)]
-    return [Split(tokens.subset(np.setdiff1d(np.arange(len(tokens)), r)), tokens.subset(r)) for r in rows], np.concatenate(rows)
+    others = [np.setdiff1d(np.arange(len(tokens)), r) for r in rows]
+    splits = [Split(tokens.subset(o), tokens.subset(r)) for o, r in zip(others, rows)]
+    return splits, np.concatenate(rows)
 
 # %% ../nbs/11_coco.ipynb #78a6eddb
 def pooled_image(
@@ -95,21 +105,22 @@ def pooled_image(
     rows:int=1024, # pictures in memory at a time
 ) -> Tokens: # img (N, 1, Di), float32
     "The mean over image tokens, for heads that look at nothing else."
-    means = [tokens.img[s:s + rows].astype(np.float32).mean(1, keepdims=True) for s in range(0, len(tokens), rows)]
-    return replace(tokens, img=np.concatenate(means))
+    parts = (tokens.img[s:s + rows].astype(np.float32) for s in range(0, len(tokens), rows))
+    return replace(tokens, img=np.concatenate([part.mean(1, keepdims=True) for part in parts]))
 
 # %% ../nbs/11_coco.ipynb #001cfbf7
-LINEAR = ("image", "text", "image_named", "text_named", "late", "joint", "named") # they start at zero, or at what names say
+LINEAR = (*UNIMODAL, "late", "joint", "named") # they start at zero, or at what names say
 LEAST = 5 # passes at least
 def epochs_of(
     arm:str, # one of `HEADS`
     n:int, # training pictures
     batch_size:int=64, # of them a step
 ) -> int: # passes over them
-    "A budget in steps, however few the pictures: 200 for linear heads, 600 for those that start from random layers."
+    "A budget in steps: 200 for linear heads, 600 for those that start from random layers."
     steps = 200 if arm in LINEAR else 600
     return max(LEAST, math.ceil(steps / math.ceil(n / batch_size)))
 
+# %% ../nbs/11_coco.ipynb #e0ca11a3
 def train_arm(
     arm:str, # one of `HEADS`
     tokens:Tokens, # of the training pictures
@@ -120,14 +131,14 @@ def train_arm(
     scored:bool=False, # the image tokens carry a probability for each category (`mmfuse.named`)
 ) -> nn.Module: # the trained head
     "Make a head and train it."
-    names = torch.tensor(tokens.names)
+    sizes = tokens.img.shape[-1], tokens.txt.shape[-1], len(tokens.classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = make_head(arm, tokens.img.shape[-1], tokens.txt.shape[-1], len(tokens.classes), names=names, scored=scored, **setting["head"])
+        head = make_head(arm, *sizes, names=torch.tensor(tokens.names), scored=scored,
+                         **setting["head"])
     if torch.cuda.is_available(): head = head.cuda()
     fit(head, tokens, epochs=epochs or epochs_of(arm, len(tokens)), seed=seed, **setting["fit"])
     return head
-
 
 # %% ../nbs/11_coco.ipynb #2e41985b
 HELD_BACK = 0.25 # share of the training pictures that choose the settings
@@ -139,10 +150,12 @@ def choose_settings(
     "Try each setting on an inner hold-out."
     cut = len(tokens) - max(1, round(HELD_BACK * len(tokens)))
     inner, held = tokens.subset(slice(0, cut)), tokens.subset(slice(cut, None))
-    if not inner.labels.any() or not held.labels.any(): raise MmfuseError(f"{len(tokens)} pictures are too few to choose settings on: give more")
-    found = [mean_average_precision(predict(train_arm(arm, inner, s, **kwargs), held), held.labels) for s in settings_of(arm)]
-    return settings_of(arm)[int(np.argmax(found))], found
-
+    if not inner.labels.any() or not held.labels.any():
+        raise MmfuseError(f"{len(tokens)} pictures are too few to choose settings on: give more")
+    settings = settings_of(arm)
+    scores = [predict(train_arm(arm, inner, s, **kwargs), held) for s in settings]
+    found = [mean_average_precision(s, held.labels) for s in scores]
+    return settings[int(np.argmax(found))], found
 
 # %% ../nbs/11_coco.ipynb #8446f2fb
 def score_arm(
@@ -153,18 +166,28 @@ def score_arm(
     captions:int=1, # of a test picture
     **kwargs, # to `train_arm`
 ) -> dict: # scores (S, n, C), setting, inner, params, train_seconds
-    "Choose the settings, train with each seed, predict. One thread: the same numbers however many run beside it."
+    "Choose the settings, train with each seed, predict; one thread, so the same in any company."
     torch.set_num_threads(1)
     setting, inner = choose_settings(arm, split.train, **kwargs)
     start, scores = time.perf_counter(), []
     for seed in range(seeds):
         head = train_arm(arm, split.train, setting, seed=seed, **kwargs)
         scores.append(predict(head, split.test, captions=captions).numpy())
+    seconds = (time.perf_counter() - start) / seeds
     params = sum(p.numel() for p in head.parameters() if p.requires_grad)
-    return dict(scores=np.stack(scores), setting=setting, inner=inner, params=params, train_seconds=(time.perf_counter() - start) / seeds)
-
+    return dict(scores=np.stack(scores), setting=setting, inner=inner, params=params,
+                train_seconds=seconds)
 
 # %% ../nbs/11_coco.ipynb #25e8d538
+def _cores() -> int:
+    "Processes that train side by side: one a core, one in all with a GPU."
+    if torch.cuda.is_available(): return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+def _labelled(arm:str, i:int, split:Split, kwargs:dict) -> tuple[str, int, dict]:
+    "A task's result with its name."
+    return arm, i, score_arm(arm, split, **kwargs)
+
 def score_arms(
     arms:list[str], # names
     splits:list[Split], # judged one after the other
@@ -175,36 +198,31 @@ def score_arms(
     **kwargs, # to `score_arm`
 ) -> dict[str, list[dict]]: # of each arm, what `score_arm` gives for each split
     "Run every arm on every split."
-    workers = workers or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     found = {arm: [recall(keep, arm, i) for i in range(len(splits))] for arm in arms}
     tasks = [(a, i) for a, i in product(arms, range(len(splits))) if found[a][i] is None]
-    tasks.sort(key=lambda t: HEADS[t[0]].pools_image)  # the long ones first
+    tasks.sort(key=lambda task: HEADS[task[0]].pools_image)  # the long ones first
     lean = [Split(pooled_image(s.train), pooled_image(s.test)) for s in splits] if tasks else []
     split_of = lambda arm, i: (lean if HEADS[arm].pools_image else splits)[i]
-    done = Parallel(n_jobs=max(1, min(workers, len(tasks))), return_as="generator_unordered")(
-        delayed(_labelled)(arm, i, split_of(arm, i), kwargs) for arm, i in tasks)
-    for arm, i, result in tqdm(done, total=len(tasks), desc="arms", unit="training", disable=not progress):
+    pool = Parallel(max(1, min(workers or _cores(), len(tasks))), return_as="generator_unordered")
+    done = pool(delayed(_labelled)(arm, i, split_of(arm, i), kwargs) for arm, i in tasks)
+    for arm, i, result in tqdm(done, "arms", len(tasks), unit="training", disable=not progress):
         found[arm][i] = result
         remember(keep, arm, i, result)
     return found
-
-
-# %% ../nbs/11_coco.ipynb #6551b94a
-def _labelled(arm:str, i:int, split:Split, kwargs:dict) -> tuple[str, int, dict]:
-    "A task's result with its name."
-    return arm, i, score_arm(arm, split, **kwargs)
 
 # %% ../nbs/11_coco.ipynb #e80203e9
 def remember(keep:Path|None, arm:str, i:int, result:dict):
     "Write what `score_arm` gave for split `i`."
     if keep is None: return
+    rest = json.dumps({k: v for k, v in result.items() if k != "scores"})
     with atomic(keep / f"{arm}-{i}.npz") as part, open(part, "wb") as f:
-        np.savez(f, scores=result["scores"], rest=json.dumps({k: v for k, v in result.items() if k != "scores"}))
+        np.savez(f, scores=result["scores"], rest=rest)
 
 def recall(keep:Path|None, arm:str, i:int) -> dict|None: # None: not done yet, or not readable
     "What `remember` wrote."
     try:
-        with np.load(keep / f"{arm}-{i}.npz") as f: return dict(scores=f["scores"], **json.loads(str(f["rest"])))
+        with np.load(keep / f"{arm}-{i}.npz") as f:
+            return dict(scores=f["scores"], **json.loads(str(f["rest"])))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile): return None
 
 # %% ../nbs/11_coco.ipynb #071340dd
@@ -225,52 +243,58 @@ def tabulate(
     y:np.ndarray, # labels (N, C)
     *,
     resamples:int=1000, # of the test pictures
-) -> dict: # "arms" and "gains", as the ledger's JSON has them
-    "mAP with intervals, F1s, and the gain of each arm over each reference that is there; all arms see the same resamples."
-    drawn = dict(zip(scores, _resampled_map(list(scores.values()), np.asarray(y) > 0, resamples, 0)))  # (R,) each
+) -> dict: # "arms", "gains" and "best_unimodal", as the ledger's JSON has them
+    "mAP with intervals, F1s, gains over each reference that is there; the same resamples for all."
+    drawn = _resampled_map(list(scores.values()), np.asarray(y) > 0, resamples, 0)
+    drawn = dict(zip(scores, drawn))  # (R,) each
     arms = {arm: _row(s, y, drawn[arm]) for arm, s in scores.items()}
     single = max((a for a in UNIMODAL if a in arms), key=lambda a: arms[a]["mAP"], default=None)
     references = {"vs_best_unimodal": single, **REFERENCES}
-    gains = {arm: {k: _gain(arms, drawn, arm, r) for k, r in references.items() if r in scores and r != arm} for arm in scores}
+    gains = {arm: {k: _gain(arms, drawn, arm, r) for k, r in references.items()
+                   if r in scores and r != arm} for arm in scores}
     return dict(arms=arms, gains=gains, best_unimodal=single)
 
 def _row(s:np.ndarray, y:np.ndarray, drawn:np.ndarray) -> dict:
     "What the ledger says of one arm."
     seeds = [mean_average_precision(each, y) for each in s]
     low, high = _interval(drawn, centre=float(np.mean(seeds)))
-    cf1, of1 = np.mean([cf1_of1(each, y, threshold=0.0) for each in s], axis=0).tolist()  # logits: 0 is probability .5
-    return dict(mAP=float(np.mean(seeds)), ci95=[max(low, 0.0), min(high, 1.0)], seeds=seeds, cf1=cf1, of1=of1)
+    f1 = [cf1_of1(each, y, threshold=0.0) for each in s]  # logits: 0 is probability .5
+    cf1, of1 = np.mean(f1, axis=0).tolist()
+    return dict(mAP=float(np.mean(seeds)), ci95=[max(low, 0.0), min(high, 1.0)], seeds=seeds,
+                cf1=cf1, of1=of1)
 
 def _gain(arms:dict, drawn:dict, arm:str, reference:str) -> dict:
     "What one arm has more than another: absolute, relative, 95 % interval of the absolute gain."
     absolute = arms[arm]["mAP"] - arms[reference]["mAP"]
-    return dict(absolute=absolute, relative=absolute / arms[reference]["mAP"], ci95=list(_interval(drawn[arm] - drawn[reference])))
-
+    return dict(absolute=absolute, relative=absolute / arms[reference]["mAP"],
+                ci95=list(_interval(drawn[arm] - drawn[reference])))
 
 # %% ../nbs/11_coco.ipynb #969ab22c
 def sliced_map(
     scores:np.ndarray, # (N, C)
     y:np.ndarray, # labels (N, C)
-    keep:np.ndarray, # bool (N, C): which positives count; the others are left out, all negatives stay
+    keep:np.ndarray, # bool (N, C): which positives count; others are left out, negatives stay
 ) -> float: # nan if no positive is left
     "mAP on a slice of the positives."
     y = np.asarray(y) > 0
     rows = [(c, ~y[:, c] | keep[:, c]) for c in np.flatnonzero((y & keep).any(0))]
-    return float(np.mean([average_precision(scores[r, c], y[r, c]) for c, r in rows])) if rows else math.nan
+    if not rows: return math.nan
+    return float(np.mean([average_precision(scores[r, c], y[r, c]) for c, r in rows]))
 
 # %% ../nbs/11_coco.ipynb #47692032
 LARGE = 96**2 # pixels of a box: COCO's border between medium and large
 def largest_boxes(
     dataset:CocoPairs, # N pictures
-) -> np.ndarray|None: # pixels of the largest box of each class (N, C), 0 without one; None where the file is huge or not there
-    "How large the things of a picture are."
+) -> np.ndarray|None: # pixels (N, C), 0 without a box; None where the file is huge or missing
+    "The largest box of each class in each picture."
     path = Path(dataset.root) / "annotations" / f"instances_{dataset.split}.json"
     if not path.is_file() or path.stat().st_size > 100e6: return None
-    row, place = ({i: n for n, i in enumerate(ids)} for ids in (dataset.image_ids, dataset.category_ids))
+    row, place = ({i: n for n, i in enumerate(ids)}
+                  for ids in (dataset.image_ids, dataset.category_ids))
     boxes = np.zeros((len(row), len(place)))
     for a in json.loads(path.read_text(encoding="utf-8"))["annotations"]:
-        at = row.get(a["image_id"]), place.get(a["category_id"])
-        if None not in at and len(a.get("bbox", ())) == 4: boxes[at] = max(boxes[at], a["bbox"][2] * a["bbox"][3])
+        at, box = (row.get(a["image_id"]), place.get(a["category_id"])), a.get("bbox", ())
+        if None not in at and len(box) == 4: boxes[at] = max(boxes[at], box[2] * box[3])
     return boxes
 
 def slices_of(
@@ -279,29 +303,35 @@ def slices_of(
 ) -> dict[str, np.ndarray]: # bool (N, C) each
     "Mentioned or not, large or small, rare or common."
     y = np.asarray(dataset.labels) > 0
-    said = np.stack([np.any([mentions(c, dataset.classes).numpy() for c in list(five)[:captions]], 0) for five in dataset.captions])
-    boxes, common = largest_boxes(dataset), y.sum(0) >= np.median(y.sum(0))
-    size = {} if boxes is None else {"large": boxes >= LARGE, "small": boxes < LARGE}
-    return {"mentioned": said, "not mentioned": ~said, "common": np.tile(common, (len(y), 1)), "rare": np.tile(~common, (len(y), 1)), **size}
+    heard = lambda some: np.any([mentions(c, dataset.classes).numpy() for c in some], 0)  # (C,)
+    said = np.stack([heard(list(some)[:captions]) for some in dataset.captions])
+    common = np.tile(y.sum(0) >= np.median(y.sum(0)), (len(y), 1))
+    slices = {"mentioned": said, "not mentioned": ~said, "common": common, "rare": ~common}
+    boxes = largest_boxes(dataset)
+    if boxes is None: return slices
+    return {**slices, "large": boxes >= LARGE, "small": boxes < LARGE}
 
 # %% ../nbs/11_coco.ipynb #02e59cd4
 def draw(
     ledger:dict, # as the JSON has it
 ) -> Figure: # bars with intervals
-    "One bar an arm, the best on top; a dashed line at the best single modality, grey lines at ceilings where they are known."
+    "One bar an arm; dashed: the best single modality; grey: ceilings, where they are known."
     style()
-    arms = sorted(ledger["arms"], key=lambda a: -ledger["arms"][a]["mAP"])
-    get = lambda i: [ledger["arms"][a]["ci95"][i] for a in arms]
+    arms, named = ledger["arms"], ledger.get("recommended")
+    order = sorted(arms, key=lambda a: -arms[a]["mAP"])
+    low, high = ([arms[a]["ci95"][i] for a in order] for i in (0, 1))
     fig, ax = new_figure(height=0.6 + 0.24 * len(arms))
-    bars(ax, [f"{a} *" if a == ledger.get("recommended") else a for a in arms], [ledger["arms"][a]["mAP"] for a in arms], get(0), get(1))
+    bars(ax, [a + (" *" if a == named else "") for a in order], [arms[a]["mAP"] for a in order],
+         low, high)
     for name, value in ledger.get("ceilings", {}).items():
         ax.axvline(value, color=CEILING, lw=2, zorder=0)
-        ax.annotate(name, (value, 1), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", fontsize=7, color=CEILING)
+        ax.text(value, 1.01, name, transform=ax.get_xaxis_transform(), ha="center", fontsize=7,
+                color=CEILING)
     best = ledger.get("best_unimodal")
-    if best: ax.axvline(ledger["arms"][best]["mAP"], color=INK, lw=1, ls="--")
-    ax.set(xlabel="mAP, 95 % interval over test pictures" + ("; grey: ceilings" if "ceilings" in ledger else "") + (" (* recommended)" if ledger.get("recommended") in arms else ""), xlim=(0, None))
+    if best: ax.axvline(arms[best]["mAP"], color=INK, lw=1, ls="--")
+    notes = ["; grey: ceilings"] * ("ceilings" in ledger) + [" (* recommended)"] * (named in arms)
+    ax.set(xlabel="mAP, 95 % interval over test pictures" + "".join(notes), xlim=(0, None))
     return fig
-
 
 # %% ../nbs/11_coco.ipynb #cb77ea30
 def as_frame(
@@ -310,8 +340,10 @@ def as_frame(
     "The ledger as a table."
     rows = {}
     for arm, r in ledger["arms"].items():
-        rows[arm] = {**{k: v for k, v in r.items() if k not in ("ci95", "seeds")}, "low": r["ci95"][0], "high": r["ci95"][1]}
-        for k, g in ledger["gains"].get(arm, {}).items(): rows[arm] |= {k: g["absolute"], f"{k}_low": g["ci95"][0], f"{k}_high": g["ci95"][1]}
+        row = {k: v for k, v in r.items() if k not in ("ci95", "seeds")}
+        rows[arm] = row | dict(low=r["ci95"][0], high=r["ci95"][1])
+        for k, g in ledger["gains"].get(arm, {}).items():
+            rows[arm] |= {k: g["absolute"], f"{k}_low": g["ci95"][0], f"{k}_high": g["ci95"][1]}
     frame = pd.DataFrame(rows).T.rename_axis("arm").sort_values("mAP", ascending=False)
     frame.attrs["ledger"] = ledger
     return frame
@@ -320,50 +352,94 @@ def as_frame(
 def text_table(
     frame:pd.DataFrame, # of `as_frame`
 ) -> str: # lines for a terminal
-    "The ledger as it is printed: mAP, and the gain over the best single modality and over joint, with intervals."
+    "mAP, and the gain over the best single modality and over joint, with intervals."
     ledger = frame.attrs["ledger"]
-    shown = lambda r, k: f"{r[k]:+.3f} [{r[f'{k}_low']:+.3f}, {r[f'{k}_high']:+.3f}]" if k in r and pd.notna(r[k]) else ""
-    head = ["arm", "mAP", "95 %", f"over {ledger['best_unimodal']}", "over joint", "OF1", "params"]
-    lines = [[("* " if arm == ledger.get("recommended") else "  ") + arm, f"{r.mAP:.3f}", f"[{r.low:.3f}, {r.high:.3f}]", shown(r, "vs_best_unimodal"),
-              shown(r, "vs_joint"), f"{r.of1:.3f}", f"{int(r.get('params', 0)):,}"] for arm, r in frame.iterrows()]
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in [head, *lines])
+    lines = [["arm", "mAP", "95 %", f"over {ledger['best_unimodal']}", "over joint", "OF1",
+              "params"]]
+    for arm, r in frame.iterrows():
+        star = "* " if arm == ledger.get("recommended") else "  "
+        lines.append([star + arm, f"{r.mAP:.3f}", f"[{r.low:.3f}, {r.high:.3f}]",
+                      _signed(r, "vs_best_unimodal"), _signed(r, "vs_joint"), f"{r.of1:.3f}",
+                      f"{int(r.get('params', 0)):,}"])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    pad = lambda i, cell: cell.rjust(widths[i]) if i else cell.ljust(widths[i])
+    return "\n".join("  ".join(map(pad, range(len(line)), line)).rstrip() for line in lines)
+
+def _signed(row:pd.Series, k:str) -> str:
+    "A gain with its interval, nothing where there is none."
+    if k not in row or pd.isna(row[k]): return ""
+    return f"{row[k]:+.3f} [{row[f'{k}_low']:+.3f}, {row[f'{k}_high']:+.3f}]"
 
 # %% ../nbs/11_coco.ipynb #90663aa9
+def _datasets(
+    data, train_split, test_split, test_data,
+) -> tuple[CocoPairs, CocoPairs|None]: # to train on; to judge on, None with folds
+    "Read the annotations, and refuse what no experiment can be made of."
+    train = CocoPairs(data, train_split)
+    test = CocoPairs(test_data or data, test_split) if test_split else None
+    for s in filter(None, (train, test)):
+        if not len(s):
+            raise CocoError(f"'{s.root}' has no picture with labels and captions in '{s.split}'")
+    if not test: return train, None
+    if test.classes != train.classes:
+        raise CocoError(f"'{train_split}' and '{test_split}' have different categories: one head "
+                        "cannot judge both")
+    same = Path(test.root).resolve() == Path(train.root).resolve()
+    if same and set(test.image_ids) & set(train.image_ids):
+        raise MmfuseError(f"'{test_split}' has pictures of '{train_split}' in it: a score on "
+                          "pictures that were trained on says nothing; use --folds")
+    return train, test
+
 def _load(
     data, train_split, test_split, folds, test_data, encoders, cache_dir, progress, captions=1,
-) -> tuple[list[Split], Tokens, int, dict]: # splits, the judged pictures in the order of the predictions, number of training pictures, slices
+) -> tuple[list[Split], Tokens, int, dict]: # splits, judged pictures as predicted, number, slices
     "Read everything that can be wrong first, then encode."
-    train_set = CocoPairs(data, train_split)
-    test_set = CocoPairs(test_data or data, test_split) if test_split else None
+    train_set, test_set = _datasets(data, train_split, test_split, test_data)
     where = read_folds(folds) if folds else None
-    for s in filter(None, (train_set, test_set)):
-        if not len(s): raise CocoError(f"'{s.root}' has no picture with labels and captions in '{s.split}'")
-    if test_set and test_set.classes != train_set.classes: raise CocoError(f"'{train_split}' and '{test_split}' have different categories: one head cannot judge both")
-    if test_set and Path(test_data or data).resolve() == Path(data).resolve() and set(test_set.image_ids) & set(train_set.image_ids):
-        raise MmfuseError(f"'{test_split}' has pictures of '{train_split}' in it: a score on pictures that were trained on says nothing; use --folds")
     image, text = make_encoders(encoders["image"], encoders["text"], train_set.classes)
     if torch.cuda.is_available(): image, text = image.cuda(), text.cuda()
-    train, test = (s and cache_tokens(s, image, text, cache_dir=cache_dir, progress=progress) for s in (train_set, test_set))
+    train, test = (s and cache_tokens(s, image, text, cache_dir=cache_dir, progress=progress)
+                   for s in (train_set, test_set))
     slices = slices_of(test_set or train_set, captions)
     if test: return [Split(train, test)], test, len(train), slices
     splits, order = fold_splits(train, where)
-    return splits, train.subset(order), len(train), {name: s[order] for name, s in slices.items()}
+    return splits, train.subset(order), len(train), {k: s[order] for k, s in slices.items()}
 
 # %% ../nbs/11_coco.ipynb #afa5d56e
 def _digest(splits:list[Split], *settings) -> str: # 16 hexadecimal digits
-    "Changes with the data, the encoders and the settings: a run goes on only with its own parts."
+    "Changes with data, encoders and settings: a run goes on only with its own parts."
     digest = hashlib.sha256(repr((settings, HELD_BACK, LEAST)).encode())
-    for tokens in (t for s in splits for t in (s.train, s.test)):
-        for x in (tokens.image_id, tokens.labels, tokens.names, tokens.img[:1], tokens.txt[:1]): digest.update(np.ascontiguousarray(x).tobytes())
+    for t in (t for s in splits for t in (s.train, s.test)):
+        for x in (t.image_id, t.labels, t.names, t.img[:1], t.txt[:1]):
+            digest.update(np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/11_coco.ipynb #477af798
-def _sliced(scores:dict[str, np.ndarray], y:np.ndarray, keep:np.ndarray) -> dict: # positives, and mAP of each arm
-    "A slice of the ledger, mean over seeds."
+def _sliced(scores:dict[str, np.ndarray], y:np.ndarray, keep:np.ndarray) -> dict:
+    "Positives of a slice, and the mAP of each arm there, mean over seeds."
     positives = int(((y > 0) & keep).sum())
-    value = lambda s: round(float(np.mean([sliced_map(each, y, keep) for each in s])), 4) if positives else None
-    return dict(positives=positives, **{arm: value(s) for arm, s in scores.items()})
+    value = lambda s: round(float(np.mean([sliced_map(each, y, keep) for each in s])), 4)
+    values = {arm: value(s) if positives else None for arm, s in scores.items()}
+    return dict(positives=positives, **values)
+
+def _per_class(scores:dict[str, np.ndarray], judged:Tokens) -> dict:
+    "AP of each class, mean over seeds; None without a positive."
+    mean = lambda s: np.mean([per_class_ap(each, judged.labels) for each in s], 0).tolist()
+    known = lambda v: None if math.isnan(v) else round(v, 3)
+    ap = {arm: [known(v) for v in mean(s)] for arm, s in scores.items()}
+    positives = judged.labels.sum(0).astype(int).tolist()
+    return dict(classes=list(judged.classes), positives=positives, **ap)
+
+def _ledger(found:dict[str, list[dict]], judged:Tokens, slices:dict[str, np.ndarray]) -> dict:
+    "What `score_arms` found, as the JSON has it."
+    scores = {arm: np.concatenate([r["scores"] for r in each], 1) for arm, each in found.items()}
+    ledger = dict(recommended=RECOMMENDED, **tabulate(scores, judged.labels))
+    for arm, row in ledger["arms"].items():
+        seconds = float(np.mean([r["train_seconds"] for r in found[arm]]))
+        row |= dict(params=found[arm][0]["params"], train_seconds=round(seconds, 4),
+                    settings=[r["setting"] for r in found[arm]])
+    ledger["slices"] = {name: _sliced(scores, judged.labels, s) for name, s in slices.items()}
+    return ledger | dict(per_class=_per_class(scores, judged))
 
 # %% ../nbs/11_coco.ipynb #9cf57ff3
 def run(
@@ -384,26 +460,25 @@ def run(
     workers:int|None=None, # processes that train; default: one a core
     progress:bool=True, # bars in the terminal
 ) -> pd.DataFrame: # one row an arm; the ledger itself in `.attrs["ledger"]`
-    "The whole experiment. `MmfuseError` in one line for what the caller can put right, before any training."
+    "The whole experiment; `MmfuseError` for what the caller can put right, before any training."
     start, arms, toy = time.perf_counter(), check_arms(arms), data is None
-    if out: check_output(out), check_output(Path(out).with_suffix(".png"))
+    for path in [Path(out), Path(out).with_suffix(".png")] if out else []: check_output(path)
     if toy: data, test_split = toy_coco(), None if folds else test_split or "val2017"
-    if bool(folds) == bool(test_split): raise MmfuseError("say what to judge on: either a test split or folds")
+    if bool(folds) == bool(test_split):
+        raise MmfuseError("say what to judge on: either a test split or folds")
     encoders = dict(image=reading(image_encoder), text=text_encoder)
-    splits, judged, n, slices = _load(data, train_split, test_split, folds, test_data, encoders, cache_dir, progress, captions)
-    how = dict(seeds=seeds, captions=captions, epochs=epochs, scored=encoders["image"].endswith("+names"))
+    splits, judged, n, slices = _load(data, train_split, test_split, folds, test_data, encoders,
+                                      cache_dir, progress, captions)
+    how = dict(seeds=seeds, captions=captions, epochs=epochs,
+               scored=encoders["image"].endswith("+names"))
     keep = out and Path(out).with_suffix(".parts") / _digest(splits, encoders, how)
     found = score_arms(arms, splits, workers=workers, progress=progress, keep=keep, **how)
-    scores = {arm: np.concatenate([r["scores"] for r in found[arm]], axis=1) for arm in arms}
-    ledger = dict(data=dict(train=n, test=len(judged), classes=len(judged.classes)), encoders=encoders, recommended=RECOMMENDED, **tabulate(scores, judged.labels))
-    for arm, r in ledger["arms"].items():
-        r |= dict(params=found[arm][0]["params"], train_seconds=round(float(np.mean([f["train_seconds"] for f in found[arm]])), 4),
-                  settings=[f["setting"] for f in found[arm]])
-    ledger["slices"] = {name: _sliced(scores, judged.labels, keep) for name, keep in slices.items()}
-    ledger["per_class"] = dict(classes=list(judged.classes), positives=judged.labels.sum(0).astype(int).tolist(),
-                               **{arm: [None if math.isnan(v) else round(v, 3) for v in np.mean([per_class_ap(each, judged.labels) for each in s], 0).tolist()] for arm, s in scores.items()})
+    sizes = dict(train=n, test=len(judged), classes=len(judged.classes))
+    ledger = dict(data=sizes, encoders=encoders, **_ledger(found, judged, slices))
     if toy and test_split: ledger["ceilings"] = toy_ceilings(data, test_split)
-    ledger |= provenance(captions=captions, judged_by="folds" if folds else "a test split", minutes=round((time.perf_counter() - start) / 60, 1))
+    minutes = round((time.perf_counter() - start) / 60, 1)
+    judged_by = "folds" if folds else "a test split"
+    ledger |= provenance(captions=captions, judged_by=judged_by, minutes=minutes)
     if out: save(ledger, out), shutil.rmtree(keep.parent, ignore_errors=True)
     return as_frame(ledger)
 
@@ -413,8 +488,8 @@ def check_arms(
 ) -> list[str]: # the same, each once
     "`MmfuseError` names an arm that does not exist."
     arms = list(dict.fromkeys(STANDARD if arms is None else arms))
-    unknown = [a for a in arms if a not in HEADS]
-    if unknown or not arms: raise MmfuseError(f"no arm is called '{''.join(unknown[:1])}'; there are: {', '.join(HEADS)}")
+    unknown = [a for a in arms if a not in HEADS] or ([] if arms else [""])
+    if unknown: raise MmfuseError(f"no arm is called '{unknown[0]}'; there are: {', '.join(HEADS)}")
     return arms
 
 # %% ../nbs/11_coco.ipynb #59d034cd
@@ -424,9 +499,9 @@ def save(
 ):
     "Write both files, each whole or not at all."
     out, text = Path(out), json.dumps(ledger, indent=1)
-    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s*\n\s*", " ", m[1]) + "]", text)  # a list of numbers on one line
+    on_one_line = lambda m: "[" + re.sub(r"\s*\n\s*", " ", m[1]) + "]"
+    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", on_one_line, text)  # a list of numbers
     with atomic(out) as path: path.write_text(text, encoding="utf-8")
     fig = draw(ledger)
     with atomic(out.with_suffix(".png")) as path: fig.savefig(path, dpi=150, format="png")
     plt.close(fig)
-

@@ -2,6 +2,7 @@
 
 import ast
 import filecmp
+import importlib
 import shutil
 import subprocess
 import sys
@@ -71,3 +72,10 @@ def test_imports_run_one_way(path):
     assert name in ORDER, f"name '{name}' in ORDER, after everything it imports"
     wrong = [m for m in imports_of(path) if m in ORDER and ORDER.index(m) >= ORDER.index(name)]
     assert not wrong, f"{name} imports {wrong}, which come after it"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "tests" / "bench").glob("*.py")), ids=lambda p: p.stem)
+def test_benchmarks_import_what_exists(script):
+    imports = [n for n in ast.walk(ast.parse(script.read_text())) if isinstance(n, ast.ImportFrom) and n.module.startswith("mmfuse")]
+    lost = [f"{n.module}.{a.name}" for n in imports for a in n.names if not hasattr(importlib.import_module(n.module), a.name)]
+    assert not lost, f"{script.name} imports what is gone: {lost}"

@@ -22,14 +22,14 @@ from mmfuse import losses
 from mmfuse.data import CocoPairs
 from mmfuse.files import provenance
 from mmfuse.image_encoder import make_image_encoder
-from mmfuse.ledger import EPOCHS, read_folds
+from mmfuse.ledger import read_folds
 from mmfuse.metrics import bootstrap, cf1_of1, choose_threshold, ece, mean_average_precision, paired_bootstrap
 from mmfuse.text_encoder import make_text_encoder
 from mmfuse.token_cache import cache_tokens
 from mmfuse.toy import toy_coco
 
 OUT = Path(__file__).resolve().parents[2] / "nbs" / "results" / "losses.json"
-RATES, SEEDS, INNER = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 3, 3
+RATES, SEEDS, INNER, EPOCHS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 3, 3, 20
 
 
 def softmax_loss(logits, y):
