@@ -4,6 +4,8 @@ A chapter is named by its number or by any part of its file name; `all` means ev
 Running it twice gives the same bytes. A notebook that raises is left as it was, and the exit code is 1.
 """
 
+import base64
+import io
 import os
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbdev.clean import nbdev_clean
+from PIL import Image, ImageChops, ImageStat
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -29,6 +32,17 @@ def find(key: str) -> list[Path]:
     return found
 
 
+def lighter(png: str) -> str:
+    "A figure (base64) with 256 colours where the eye cannot tell: a third of its size, and the same bytes each time."
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    few = image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    off = ImageStat.Stat(ImageChops.difference(image, few.convert("RGB")))
+    out = io.BytesIO()
+    (few if max(off.mean) < 1 else image).save(out, "PNG", optimize=True)
+    small = base64.b64encode(out.getvalue()).decode()
+    return small if len(small) < len(png) else png
+
+
 def execute(path: Path) -> bool:
     "Run `path` from its own folder, save it with its outputs, clean it."
     nb = nbformat.read(path, as_version=4)
@@ -41,6 +55,8 @@ def execute(path: Path) -> bool:
     except CellExecutionError as error:
         print(f"{path.relative_to(ROOT)}: {error}", file=sys.stderr)
         return False
+    for output in (o for cell in nb.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})):
+        output.data["image/png"] = lighter(output.data["image/png"].strip())
     nb.metadata.pop("language_info", None)
     nbformat.write(nb, path)
     nbdev_clean(str(path), clear_all=False)
