@@ -30,7 +30,6 @@ setup(
     keywords=cfg["keywords"].split(),
     packages=find_namespace_packages(include=["mmfuse", "mmfuse.*"]),  # weights/ too, which holds data only
     package_data={"mmfuse": ["py.typed"], "mmfuse.weights": ["*"]},
-    include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
