@@ -15,3 +15,11 @@ def real_coco() -> Path:
     if not (root / "annotations").is_dir():
         pytest.skip(f"no real COCO pictures at {root}: set MMFUSE_COCO")
     return root
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Say how many browser tests were left out, and why: a run without them looks as green as one with them."
+    left_out = [r for r in terminalreporter.stats.get("skipped", []) if r.nodeid.startswith("tests/test_browser.py")]
+    if left_out:
+        reasons = sorted({str(r.longrepr[2]).removeprefix("Skipped: ") for r in left_out})
+        terminalreporter.write_line(f"{len(left_out)} browser tests skipped: {'; '.join(reasons)}", yellow=True)
