@@ -187,7 +187,7 @@ def links_out(soup: BeautifulSoup, name: str, titles: dict[str, str], module: st
     source = soup.find("a", class_="toc-action", href=re.compile("/blob/"))
     if source and module:
         exported = soup.new_tag("a", attrs={"class": "toc-action", "href": f"{source['href'].split('/nbs/')[0]}/{module}"})
-        exported.extend([soup.new_tag("i", attrs={"class": "bi bi-braces"}), f" {module}"])
+        exported.extend([soup.new_tag("i", attrs={"class": "bi bi-braces"}), f" {module.removeprefix('mmfuse/')}"])
         source.insert_after(soup.new_tag("br"), exported)
 
 
