@@ -9,7 +9,7 @@ export PYTHONHASHSEED := 0
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test ledger docs run export clean setup
+.PHONY: help lab test ledger docs run check export clean setup
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ docs: $(READY) ## build the docs site into _docs/
 run: $(READY) ## execute one notebook and keep its outputs: make run NB=05 (NB=all for every one)
 	@echo "==> executing $(NB) in a fresh kernel"
 	$(BIN)/python tools/execute.py $(NB)
+
+check: $(READY) ## execute one notebook and compare with its committed outputs: make check NB=05 (all: 15 minutes)
+	@echo "==> comparing $(NB), in fresh kernels, with what is committed"
+	$(BIN)/python tools/execute.py --check $(NB)
 
 export: $(READY) ## clean the notebooks and write mmfuse/ from them
 	@echo "==> cleaning the notebooks, then exporting mmfuse/"

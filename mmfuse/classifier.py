@@ -163,7 +163,8 @@ class MultimodalClassifier(nn.Module, ModelHubMixin, library_name="mmfuse", tags
             if not Path(name).is_dir() and unreachable(hf_hub_url(name, "config.json")): kwargs["local_files_only"] = True
             return super().from_pretrained(name, **kwargs)
         except (OSError, ValueError) as e:
-            raise MmfuseError(f"no model '{name}': no such folder, and the hub does not give it ({first_line(e)}): give a folder that save_pretrained wrote") from None
+            what = f"'{name}' cannot be read" if Path(name).is_dir() else f"no model '{name}': no such folder, and the hub does not give it"
+            raise MmfuseError(f"{what} ({first_line(e)}): give a folder that save_pretrained wrote") from None
 
     @property
     def device(self) -> torch.device: return next(self.head.parameters()).device

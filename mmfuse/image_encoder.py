@@ -209,7 +209,9 @@ def _tiny(pretrained:bool, size:int|None) -> tuple[nn.Module, dict]:
     return trunk, dict(size=size or 128, crop=False)
 
 # %% ../nbs/02_image_encoder.ipynb #e19f8a3a
-LITE = {"efficientnet_lite0": ("efficientnet-lite0-57934424.pth", 224), "efficientnet_lite2": ("efficientnet-lite2-9656183e.pth", 260)}
+LITE = { # name -> the file of its weights, height and width of its pictures
+    "efficientnet_lite0": ("efficientnet-lite0-57934424.pth", 224),
+    "efficientnet_lite2": ("efficientnet-lite2-9656183e.pth", 260)}
 def lite_weights(
     name:str, # efficientnet_lite0 or efficientnet_lite2
 ) -> Path: # where its package keeps them
@@ -284,12 +286,12 @@ def _no_encoder(name:str) -> str:
     "What is wrong with a name, in one line."
     close = difflib.get_close_matches(name, ["tiny", *LITE, *_classifiers()], 1)
     guess = f" (did you mean '{close[0]}'?)" if close else ""
-    return (f"no image encoder '{name}'{guess}: choose tiny, efficientnet_lite0, efficientnet_lite2, one of "
-            "torchvision's classifiers, timm:NAME, or hf:ID-or-folder")
+    return (f"no image encoder '{name}'{guess}: choose tiny, efficientnet_lite0, "
+            "efficientnet_lite2, one of torchvision's classifiers, timm:NAME, or hf:ID-or-folder")
 
 # %% ../nbs/02_image_encoder.ipynb #eb2d09ac
 def make_image_encoder(
-    name:str, # tiny, efficientnet_lite0, resnet50 or resnet50@WEIGHTS, timm:NAME, hf:ID-or-folder; NAME@448 for a size
+    name:str, # tiny, efficientnet_lite0, resnet50 (@WEIGHTS), timm:NAME, hf:ID; NAME@448: a size
     pretrained:bool=True, # with weights, or at random
     *,
     size:int|None=None, # height and width of the input; default: what the weights were trained on

@@ -18,9 +18,11 @@ from torchvision.transforms import v2
 
 from .files import MmfuseError
 from .hub import hashed_file, read_weights
-from .image_encoder import LITE, ImageEncoder, lite_weights, make_image_encoder, _weights_of
+from .image_encoder import (LITE, ImageEncoder, lite_weights, make_image_encoder,
+                                  _weights_of)
 from .pooled_fusion import ClassBias, FusionHead, Standardize, zero_linear
-from .text_encoder import TextEncoder, embed_names, make_text_encoder, masked_mean, name_similarity
+from .text_encoder import (TextEncoder, embed_names, make_text_encoder, masked_mean,
+                                 name_similarity)
 
 # %% ../nbs/appendix/names.ipynb #862ab5e3
 def mix_names(
@@ -30,7 +32,8 @@ def mix_names(
     temperature:float=0.1, # smaller: everything to the closest category
 ) -> Tensor: # (K, C), rows sum to 1
     "How the probability of each known class is shared among the categories."
-    return torch.softmax(F.normalize(known, dim=-1) @ F.normalize(names, dim=-1).T / temperature, -1)
+    cosines = F.normalize(known, dim=-1) @ F.normalize(names, dim=-1).T  # (K, C)
+    return torch.softmax(cosines / temperature, -1)
 
 # %% ../nbs/appendix/names.ipynb #0a9c662f
 def imagenet_names() -> list[str]: # 1000 names, in the order of every ImageNet classifier
@@ -42,13 +45,15 @@ _ONE_LAYER = ("resnet", "resnext", "wide_resnet", "regnet", "densenet", "efficie
 def imagenet_classifier(
     name:str, # of an image encoder, with or without @WEIGHTS and @SIZE
 ) -> tuple[Tensor, Tensor]: # weight (1000, Di), bias (1000,)
-    "The ImageNet classifier that belongs to an encoder; `MmfuseError` where it cannot read single places."
+    "The ImageNet classifier of an encoder; `MmfuseError` where it cannot read single places."
     base = name.partition("@")[0]
     if base in LITE: weights = read_weights(lite_weights(base))
     elif base.startswith(_ONE_LAYER) and base in torchvision.models.list_models():
         name = "@".join(p for p in name.split("@") if not p.isdigit())
         weights = read_weights(hashed_file(_weights_of(name).url, name))
-    else: raise MmfuseError(f"'{name}' has no classifier of places whose classes have names: +names goes with efficientnet_lite0, efficientnet_lite2, {', '.join(_ONE_LAYER)}...")
+    else:
+        raise MmfuseError(f"'{name}' has no classifier of places whose classes have names: +names "
+                          f"goes with {', '.join((*LITE, *_ONE_LAYER))}...")
     layer = [k for k, x in weights.items() if x.ndim == 2 and len(x) == 1000][-1]
     return weights[layer].float(), weights[layer.replace("weight", "bias")].float()
 
@@ -66,10 +71,13 @@ class NamedEncoder(nn.Module):
     ):
         super().__init__()
         if weight.shape != (len(mix), encoder.dim) or bias.shape != (len(mix),):
-            raise MmfuseError(f"a classifier {tuple(weight.shape)} does not belong to {encoder.dim} features and {len(mix)} names")
-        self.encoder, self.name, self.size, self.dim = encoder, f"{encoder.name}+names", encoder.size, encoder.dim + mix.shape[1]
-        self.source, self.grid_size = source, tuple(min(side, n) for n in encoder.grid_size)
-        for name, x in dict(weight=weight, bias=bias, mix=mix).items(): self.register_buffer(name, x.detach().clone().float())
+            raise MmfuseError(f"a classifier {tuple(weight.shape)} does not belong to "
+                              f"{encoder.dim} features and {len(mix)} names")
+        self.encoder, self.name, self.source = encoder, f"{encoder.name}+names", source
+        self.size, self.dim = encoder.size, encoder.dim + mix.shape[1]
+        self.grid_size = tuple(min(side, n) for n in encoder.grid_size)
+        for name, x in dict(weight=weight, bias=bias, mix=mix).items():
+            self.register_buffer(name, x.detach().clone().float())
 
     def forward(self,
         x:Tensor, # pictures as `transform` gives them (B, 3, H, W)
@@ -77,16 +85,19 @@ class NamedEncoder(nn.Module):
         grid = self.encoder.grid(x)  # (B, D, h, w)
         tokens = grid.flatten(2).transpose(1, 2)  # (B, h*w, D)
         scores = torch.softmax(tokens @ self.weight.T + self.bias, -1) @ self.mix  # (B, h*w, C)
-        both = torch.cat([tokens, scores], -1).transpose(1, 2).unflatten(2, grid.shape[2:])  # (B, D + C, h, w)
+        both = torch.cat([tokens, scores], -1).transpose(1, 2)  # (B, D + C, h*w)
         small = tuple(map(min, grid.shape[2:], self.grid_size))
-        return F.adaptive_avg_pool2d(both, small).flatten(2).transpose(1, 2)  # (B, P, D + C)
+        both = F.adaptive_avg_pool2d(both.unflatten(2, grid.shape[2:]), small)
+        return both.flatten(2).transpose(1, 2)  # (B, P, D + C)
 
     def freeze(self) -> "NamedEncoder": # itself
         "No gradients, and eval mode from now on."
         self.encoder.freeze()
         return self
 
-    def transform(self, train:bool=False) -> v2.Compose: # maps uint8 (3, H, W) to float32 (3, size, size)
+    def transform(self,
+        train:bool=False, # with random crops
+    ) -> v2.Compose: # maps uint8 (3, H, W) to float32 (3, size, size)
         "What the encoder's weights were trained to see."
         return self.encoder.transform(train)
 
@@ -105,7 +116,7 @@ def reading(
 
 # %% ../nbs/appendix/names.ipynb #00b8c3e4
 def make_encoders(
-    image:str, # as for `make_image_encoder`; with `+names` the tokens carry a probability for each category; see `reading`
+    image:str, # as for `make_image_encoder`, read by `reading`; +names adds a score for each class
     text:str, # as for `make_text_encoder`
     classes:Sequence[str], # the categories' names, C of them
 ) -> tuple[nn.Module, TextEncoder]: # both frozen
@@ -116,38 +127,51 @@ def make_encoders(
     pictures, words = make_image_encoder(written).freeze(), make_text_encoder(text).freeze()
     if classifier is None: return pictures, words
     mix = mix_names(embed_names(words, imagenet_names()), embed_names(words, list(classes)))
-    return NamedEncoder(pictures, *classifier, mix, source=f"{words.key} {list(classes)}").freeze(), words
+    source = f"{words.key} {list(classes)}"
+    return NamedEncoder(pictures, *classifier, mix, source=source).freeze(), words
 
 # %% ../nbs/appendix/names.ipynb #eec36db0
 FAST = 30.0 # how much faster scales of names move than weights
 class ImageNames(nn.Module):
     "Learned scale times the standardized log of the mean score of each category."
-    def __init__(self, n_classes:int, start:float=0.7):
+    def __init__(self,
+        n_classes:int, # C
+        start:float=0.7, # of the scale
+    ):
         super().__init__()
         self.z, self.scale = Standardize(n_classes), nn.Parameter(torch.tensor([start / FAST]))
 
     def logs(self, pooled:Tensor) -> Tensor: # (B, D + C) to (B, C)
+        "Of the last C columns, the mean scores."
         return pooled[:, -self.z.mean.shape[0]:].clamp(min=0).add(1e-4).log()
 
     def fit(self, pooled:Tensor): fit_centre(self.z, self.logs(pooled))
-    def forward(self, pooled:Tensor) -> Tensor: return self.z(self.logs(pooled)) * self.scale * FAST # (B, C)
+    def forward(self, pooled:Tensor) -> Tensor: # (B, C)
+        return self.z(self.logs(pooled)) * self.scale * FAST
 
 def fit_centre(z:Standardize, x:Tensor): # x (N, ..., C)
     "Centre each class; one scale for all classes, so that rare ones keep their spread."
     z.mean.copy_(x.mean(0))
-    spread = (x - x.mean(0)).transpose(0, -2).flatten(1).std(1, correction=0) if x.ndim == 3 else (x - x.mean(0)).std(correction=0)
+    centred = x - x.mean(0)
+    if x.ndim == 3: spread = centred.transpose(0, -2).flatten(1).std(1, correction=0)  # one a score
+    else: spread = centred.std(correction=0)
     z.std.copy_(spread.clamp(min=1e-6).unsqueeze(-1).expand_as(z.std))
 
 # %% ../nbs/appendix/names.ipynb #7c52e41b
 class TextNames(nn.Module):
-    "Learned scales times three standardized scores by name: of the caption's mean, of its best token, and of the best token in competition."
-    def __init__(self, names:Tensor, starts:tuple[float, float, float]=(0.5, 0.4, 0.2)): # names (C, Dt)
+    "Learned scales times three scores: of the mean, of the best token, of the best in competition."
+    def __init__(self,
+        names:Tensor, # embeddings (C, Dt)
+        starts:tuple[float, float, float]=(0.5, 0.4, 0.2), # of the scales
+    ):
         super().__init__()
         self.register_buffer("names", names.detach().clone().float())
         self.z, self.scale = Standardize(3, len(names)), nn.Parameter(torch.tensor(starts) / FAST)
 
     def scores(self, txt:Tensor, mask:Tensor) -> Tensor: # (B, 3, C)
-        pooled, best = (name_similarity(txt, mask, self.names.to(txt.dtype), best=b) for b in (False, True))
+        "Two cosines, and the log of a softmax of the second over the categories."
+        names = self.names.to(txt.dtype)
+        pooled, best = (name_similarity(txt, mask, names, best=b) for b in (False, True))
         return torch.stack([pooled, best, torch.log_softmax(best / 0.05, -1)], 1)
 
     def fit(self, txt:Tensor, mask:Tensor): fit_centre(self.z, self.scores(txt, mask))
@@ -156,19 +180,29 @@ class TextNames(nn.Module):
 
 # %% ../nbs/appendix/names.ipynb #27dec974
 class LabelLinks(nn.Module):
-    "What each label says about the others: a second pass over the first one's probabilities, zero at the start."
-    def __init__(self, n_classes:int, speed:float=10.0):
+    "What each label says about the others: a second pass over the first one's probabilities."
+    def __init__(self,
+        n_classes:int, # C
+        speed:float=10.0, # how much faster these weights move than others
+    ):
         super().__init__()
         self.weight, self.speed = nn.Parameter(torch.zeros(n_classes, n_classes)), speed
 
-    def forward(self, logits:Tensor) -> Tensor: return logits + torch.sigmoid(logits) @ self.weight * self.speed # (B, C)
+    def forward(self, logits:Tensor) -> Tensor: # (B, C)
+        return logits + torch.sigmoid(logits) @ self.weight * self.speed
 
 # %% ../nbs/appendix/names.ipynb #56eaa656
 class NamedHead(FusionHead):
-    "Linear image + linear text + names on both sides, trained together, and labels that explain each other."
-    def __init__(self, d_image:int, d_text:int, n_classes:int, *, names:Tensor|None=None, scored:bool=False, **kwargs):
+    "Linear image + linear text + names on both sides, and labels that explain each other."
+    def __init__(self, d_image:int, d_text:int, n_classes:int, *,
+        names:Tensor|None=None, # embeddings of the category names (C, Dt)
+        scored:bool=False, # the last C columns of image tokens are probabilities of the categories
+        **kwargs, # to `FusionHead`
+    ):
         super().__init__(d_image, d_text, n_classes, names=names, scored=scored, **kwargs)
-        if scored and d_image <= n_classes: raise MmfuseError(f"image tokens of width {d_image} carry no scores of {n_classes} categories: use an encoder with +names")
+        if scored and d_image <= n_classes:
+            raise MmfuseError(f"image tokens of width {d_image} carry no scores of {n_classes} "
+                              "categories: use an encoder with +names")
         self.bias, self.links = ClassBias(n_classes), LabelLinks(n_classes)
         see, read = ("image" in self.reads), ("text" in self.reads)
         self.linear_image = zero_linear(d_image, n_classes) if see else None
@@ -183,17 +217,21 @@ class NamedHead(FusionHead):
         if self.said: self.said.fit(txt, mask)
 
     def stand_in(self, txt:Tensor, here:Tensor) -> Tensor: # (B, T, Dt), bool (B, T)
-        "The stand-in as a constant: names need not learn it, and a gradient through all cosines would cost more than the rest."
+        "The stand-in as a constant: a gradient through all cosines would cost more than the rest."
         return torch.where(here.unsqueeze(-1), self.no_text.detach(), txt)
 
-    def forward(self, img:Tensor|None, txt:Tensor|None=None, mask:Tensor|None=None) -> Tensor: # (B, C)
+    def forward(self, img:Tensor|None, txt:Tensor|None=None, mask:Tensor|None=None,
+    ) -> Tensor: # (B, C)
         given, real = txt, mask
         img, txt, mask = self.complete(img, txt, mask)
         out = self.bias()  # (C,)
         if self.linear_image: out = out + self.linear_image(self.z_image(img.mean(1)))  # (B, C)
         if self.linear_text: out = out + 3 * self.linear_text(self.z_text(masked_mean(txt, mask)))
         if self.seen: out = out + self.seen(img.mean(1))
-        if self.said: out = out + self.said(txt if given is None or real is None else self.stand_in(given, mask & ~real.bool()), mask)
+        if self.said:
+            if given is not None and real is not None:
+                txt = self.stand_in(given, mask & ~real.bool())
+            out = out + self.said(txt, mask)
         return self.links(out)
 
 # %% ../nbs/appendix/names.ipynb #d67df2d7

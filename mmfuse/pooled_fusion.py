@@ -30,7 +30,7 @@ class Standardize(nn.Module):
     def fit(self,
         x:Tensor, # (N, *shape)
     ):
-        "Take mean and deviation over the first axis; a feature that never changes keeps a finite scale."
+        "Mean and deviation over the first axis; what never changes keeps a finite scale."
         std = x.std(0, correction=0)
         self.mean.copy_(x.mean(0))
         self.std.copy_(std + 1e-3 * std.mean() + 1e-6)
@@ -70,12 +70,14 @@ class FusionHead(nn.Module):
         *,
         width:int=256, # of hidden layers, where there are any
         names:Tensor|None=None, # embeddings of the category names (C, Dt)
-        scored:bool=False, # the last C columns of image tokens are probabilities of the categories (`mmfuse.named`)
+        scored:bool=False, # the last C columns of image tokens are scores by name (`mmfuse.named`)
     ):
         super().__init__()
-        self.d_image, self.d_text, self.n_classes, self.width, self.scored = d_image, d_text, n_classes, width, scored
+        self.d_image, self.d_text, self.n_classes = d_image, d_text, n_classes
+        self.width, self.scored = width, scored
         if names is not None and tuple(names.shape) != (n_classes, d_text):
-            raise MmfuseError(f"names are {tuple(names.shape)}, expected (C, Dt) = {n_classes, d_text}")
+            raise MmfuseError(
+                f"names are {tuple(names.shape)}, expected (C, Dt) = {n_classes, d_text}")
         for name, d in (("image", d_image), ("text", d_text)):
             if name not in self.reads: continue
             setattr(self, f"no_{name}", nn.Parameter(torch.randn(d) * 0.02))
@@ -180,7 +182,7 @@ class NameSimilarity(nn.Module):
 
 # %% ../nbs/05_pooled_fusion.ipynb #258e89e1
 class TextHead(FusionHead):
-    "Logistic regression on the masked mean of the text tokens, plus name similarity if names are given."
+    "Logistic regression on the masked mean of the text tokens; with names, plus name similarity."
     reads = ("text",)
     def __init__(self, d_image:int, d_text:int, n_classes:int, *,
         names:Tensor|None=None, # embeddings of the category names (C, Dt)
@@ -304,7 +306,7 @@ class GatedHead(FusionHead):
 
 # %% ../nbs/05_pooled_fusion.ipynb #3d757984
 class FilmHead(FusionHead):
-    "Feature-wise linear modulation (Perez et al. 2018): the caption sets every channel of the image."
+    "Feature-wise linear modulation (Perez et al. 2018): the caption sets the image's channels."
     pools_image, widths = False, (64, 256)
     def __init__(self, d_image:int, d_text:int, n_classes:int, *,
         width:int=256, # channels, W

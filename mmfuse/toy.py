@@ -56,8 +56,7 @@ class World:
     large: float = 0.5 # a thing is large, not small
     shared: float = 0.7 # a thing of a pair is drawn in the shared way
     hidden: float = 0.2 # a thing is not drawn at all
-    noticed: tuple[float, float, float] = (0.20, 0.78,
-                                           0.60) # all annotators may name it: small, large, hidden
+    noticed: tuple[float, ...] = (0.20, 0.78, 0.60) # seen by annotators: small, large, hidden
     named: float = 0.69 # an annotator names what is noticed
     invented: float = 0.002 # an annotator names what is not there
     placed: float = 0.55 # an annotator names the scene
@@ -674,8 +673,7 @@ def read_records(
 def toy_ceilings(
     root:str|Path|None=None, # a toy COCO; the default one if not given
     split:str="val2017", # the test pictures
-) -> dict[str,
-          float]: # mAP of the posterior given the "image", its first caption ("text"), and "both"
+) -> dict[str, float]: # mAP of the posterior given "image", first caption ("text") and "both"
     "What no model can beat, on average: mAP of the generator's own posterior on these pictures."
     world, records = World(), read_records(root or toy_coco(), split)
     y = np.array([[c in r["objects"] for c in range(len(world.classes))] for r in records])

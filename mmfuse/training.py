@@ -104,6 +104,13 @@ def _loss(head:nn.Module, loss:Callable, y:Tensor, *inputs:Tensor|None) -> Tenso
     parts = head.parts(*inputs) if hasattr(head, "parts") else [head(*inputs)]
     return sum(loss(logits, y) for logits in parts)
 
+def _drawn(tokens:Tokens, rows:Tensor, caption:int|None, p:float, g:torch.Generator,
+           device:torch.device) -> tuple[Tensor|None, ...]: # img, txt, mask, labels
+    "A batch of the training: a caption for each picture, and with probability `p` one modality."
+    captions = choose_captions(tokens, rows, caption, generator=g)
+    img, txt, mask, y = take(tokens, rows, captions, device)
+    return *hide_modality(img, txt, p, g), mask, y
+
 # %% ../nbs/10_training.ipynb #af05f751
 def _start(head:nn.Module, tokens:Tokens, rows:int=2000):
     "Give a head that asks for it the scale of its inputs, from the first captions of at most `rows` pictures."
@@ -130,26 +137,21 @@ def fit(
     "Train a head; the same seed gives the same weights. `MmfuseError` if the loss is no number."
     device, g = next(head.parameters()).device, torch.Generator().manual_seed(seed)
     _start(head, tokens)
-    total = epochs * math.ceil(len(tokens) / batch_size)
+    total, history = epochs * math.ceil(len(tokens) / batch_size), []
     optimizer = torch.optim.AdamW(decay_groups(head, weight_decay), lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total))
-    history = []
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
-        head.train()
         for epoch in range(epochs):
-            summed = 0.0
+            history.append(0.0)
             for rows in batches(len(tokens), batch_size, g):
-                img, txt, mask, y = take(tokens, rows, choose_captions(tokens, rows, caption,
-                    generator=g), device)
-                optimizer.zero_grad()
-                value = _loss(head, loss, y, *hide_modality(img, txt, modality_dropout, g), mask)
+                *inputs, y = _drawn(tokens, rows, caption, modality_dropout, g, device)
+                value = _loss(head.train(), loss, y, *inputs)
                 if not value.isfinite(): raise MmfuseError(_no_number(value, tokens, rows))
+                optimizer.zero_grad()
                 value.backward()
-                optimizer.step()
-                schedule.step()
-                summed += value.item() * len(rows)
-            history.append(summed / len(tokens))
+                optimizer.step(), schedule.step()
+                history[-1] += value.item() * len(rows) / len(tokens)
             if on_epoch: on_epoch(epoch, history[-1])
     head.eval()
     return history

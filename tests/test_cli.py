@@ -1,13 +1,14 @@
 """The command: one line and exit code 2 for what a user can put right, before any work starts."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from mmfuse.cli import ARMS, app
+from mmfuse.cli import ARMS, STANDARD, app
 
 COMMAND = [sys.executable, "-c", "from mmfuse.cli import main; main()"]
 
@@ -32,7 +33,20 @@ def coco(tmp_path):
 
 def test_arms_are_the_heads():
     from mmfuse.fusion import HEADS
-    assert ARMS == tuple(HEADS)
+    from mmfuse.ledger import STANDARD as STANDARD_OF_THE_LEDGER
+    assert ARMS == tuple(HEADS) and STANDARD == STANDARD_OF_THE_LEDGER
+
+
+def test_helps_tell_the_defaults_that_hold():
+    from typer.main import get_command
+
+    from mmfuse.settings import Settings
+    commands = get_command(app).commands
+    arms = next(p for p in commands["ledger"].params if p.name == "arms")
+    assert arms.default is None and arms.help.endswith(", ".join(STANDARD))
+    told = {p.name: m[1] for p in commands["train"].params if (m := re.search(r" \(([\w.]+)\)$", p.help or ""))}
+    real = {name: getattr(Settings(), name) for name in told}
+    assert len(told) > 15 and told == {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in real.items()}
 
 
 def one_line(result, *words):
@@ -54,6 +68,7 @@ def one_line(result, *words):
     (["ledgers"], ["ledgers"]),
     (["toy", "--n-train", "0"], ["--n-train"]),
     (["cache", "--data", "nowhere"], ["nowhere"]),
+    (["diagnose", "--run", "."], ["no run in '.'", "mmfuse train"]),
 ])
 def test_bad_input_is_one_line(args, words, tmp_path):
     assert one_line(mmfuse(*args, cwd=tmp_path), *words)
@@ -74,6 +89,18 @@ def test_outputs_are_checked_before_any_work(coco, tmp_path):
     assert one_line(mmfuse(*base, "--out", tmp_path / "file" / "x.json"), "cannot write")
     assert one_line(mmfuse(*base, "--out", tmp_path), "it is a folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["coco", "file"]
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for command in (["cache"], ["ledger"], ["diagnose"], ["train", "--out", tmp_path / "run"]):
+        assert one_line(mmfuse(*command, "--cache-dir", tmp_path / "file"), "cannot write in", "--cache-dir")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_alone_it_says_what_there_is():
+    code, out, err = mmfuse()
+    assert code == 0 and err == "" and all(f"\n  {c.callback.__name__} " in out for c in app.registered_commands)
 
 
 def test_json_that_is_not_cocos_is_one_line(coco, tmp_path):

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 from torchvision.datasets import CocoCaptions
 
-from mmfuse import data
+from mmfuse import annotations
 from mmfuse.data import CATEGORIES, SYNONYMS, CocoError, CocoPairs, decode_image, mask_mentions, mentions
 from mmfuse.toy import toy_coco
 
@@ -284,14 +284,14 @@ def test_every_name_is_found_and_hidden():
 def kept(make, tmp_path, monkeypatch):
     "The small data set, with an index kept for it however small it is; and the folder of indexes."
     monkeypatch.setenv("MMFUSE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(data, "_WORTH", 0)
+    monkeypatch.setattr(annotations, "_WORTH", 0)
     return make, tmp_path / "home" / "index"
 
 
 def parsed(monkeypatch):
     "A list that grows by one with each JSON file that is parsed."
-    calls, parse = [], data._parse
-    monkeypatch.setattr(data, "_parse", lambda path, keys: calls.append(path.name) or parse(path, keys))
+    calls, parse = [], annotations._parse
+    monkeypatch.setattr(annotations, "_parse", lambda path, keys: calls.append(path.name) or parse(path, keys))
     return calls
 
 
@@ -308,7 +308,7 @@ def test_a_kept_index_gives_the_same_and_parses_nothing(kept, monkeypatch):
     again = CocoPairs(first.root, "val2017")
     assert same(first, again) and not calls and len(list(folder.iterdir())) == 1
     assert CocoPairs(first.root, "val2017", keep_unlabelled=True).image_ids == [3, 7, 9] and not calls
-    monkeypatch.setattr(data, "_WORTH", 1 << 60)
+    monkeypatch.setattr(annotations, "_WORTH", 1 << 60)
     assert same(again, CocoPairs(first.root, "val2017")) and len(calls) == 2
 
 
@@ -372,7 +372,7 @@ def test_a_full_disk_leaves_no_half_index(kept, monkeypatch):
     def full(arrays, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(data, "save_file", full)
+    monkeypatch.setattr(annotations, "save_file", full)
     assert CocoPairs(make(), "val2017").image_ids == [3, 7] and not list(folder.iterdir())
 
 
@@ -393,7 +393,7 @@ def test_a_pickle_of_kept_data_is_small_and_checked(kept):
 @pytest.mark.parametrize("method", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()])
 def test_workers_open_the_index(root, method, monkeypatch, tmp_path):
     monkeypatch.setenv("MMFUSE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(data, "_WORTH", 0)
+    monkeypatch.setattr(annotations, "_WORTH", 0)
     ds = CocoPairs(root, "train2017")
     assert ds._index.file.is_file()
     loader = DataLoader(ds, batch_size=None, num_workers=2, multiprocessing_context=method)

@@ -1,10 +1,15 @@
 """What the README and CONTRIBUTING tell a newcomer is true: code runs, targets, commands' options and linked files exist."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
@@ -64,5 +69,24 @@ def test_options_of_the_ledger_exist():
 def test_workflows_run_what_the_readme_says():
     steps = {p.stem: [s.get("run") for s in next(iter(yaml.safe_load(p.read_text())["jobs"].values()))["steps"]]
              for p in (ROOT / ".github" / "workflows").glob("*.yml")}
-    assert ".ci/run" in steps["test"] and "make docs" in steps["docs"]
+    assert ".ci/run" in steps["test"] and "make docs" in steps["docs"] and ".ci/newest" in steps["newest"]
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+    newest = (ROOT / ".ci" / "newest").read_text()
+    assert newest.index("tools/newest.py settings.ini") < newest.index("make test") < newest.index("make check NB=all")
+    assert all(os.access(ROOT / ".ci" / name, os.X_OK) for name in ("run", "newest"))
+
+
+def test_the_newest_job_lifts_every_upper_bound(tmp_path):
+    (tmp_path / "settings.ini").write_text("version = 0<1\nrequirements = a>=2,<3 b==1.0 c[x]~=2 d\n"
+                                           "dev_requirements = nbdev>=2.4,<3 e!=1.5,>1,<=2\n")
+    subprocess.run([sys.executable, ROOT / "tools" / "newest.py", tmp_path / "settings.ini"], check=True)
+    assert (tmp_path / "settings.ini").read_text() == ("version = 0<1\nrequirements = a>=2 b c[x] d\n"
+                                                       "dev_requirements = nbdev>=2.4,<3 e!=1.5,>1\n")
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    subprocess.run([sys.executable, ROOT / "tools" / "newest.py", tmp_path / "settings.ini"], check=True)
+    before, after = ([Requirement(r) for line in re.findall(r"^(?:\w+_)?requirements = (.*)$", (folder / "settings.ini").read_text(), re.M)
+                      for r in line.split()] for folder in (ROOT, tmp_path))
+    assert [r.name for r in before] == [r.name for r in after] and len(after) > 20
+    assert {r.name for r in after if any(s.operator in ("<", "<=", "==", "~=") for s in r.specifier)} == {"nbdev", "execnb", "fastcore"}
+    lower = [[{str(s) for s in r.specifier if s.operator in (">", ">=", "!=")} for r in rs] for rs in (before, after)]
+    assert lower[0] == lower[1]

@@ -1,18 +1,29 @@
-"""The site builder's parts on small pages: its link check finds each fault, formulas become MathML, pictures get alt text."""
+"""The site builder's parts on small pages: its link check finds each fault, formulas become MathML, pictures get alt text; the built site's cards and lists."""
 
+import configparser
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from bs4 import BeautifulSoup
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))  # at the end: tools/site.py is not Python's own `site`
-spec = importlib.util.spec_from_file_location("build_site", ROOT / "tools" / "site.py")
-site = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(site)
+
+
+def tool(name):
+    "A module of tools/ under a name of its own."
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+site = tool("site")
 check_site = site.check_site
 
 INDEX = '<main><h2 id="top">Welcome</h2><a href="sub/page.html#part">on</a> <a href="https://example.org/x">out</a>%s</main>'
@@ -92,9 +103,9 @@ def test_formulas_become_mathml_and_katex_goes():
     page = ('<head><script src="https://cdn.jsdelivr.net/npm/katex/katex.min.js"></script></head>'
             r'<main><span class="math inline">\(x_i &lt; \frac12\)</span>'
             r'<span class="math display">\[\begin{aligned} a &amp;= b \\ c &amp;= d \end{aligned}\]</span></main>')
-    html, problems = site.finish(page)
-    inline, display = BeautifulSoup(html, "html.parser").find_all("math")
-    assert problems == [] and "katex" not in html and "aligned" not in display.get_text()
+    soup, problems = site.finish(page)
+    inline, display = soup.find_all("math")
+    assert problems == [] and "katex" not in str(soup) and "aligned" not in display.get_text()
     assert inline["display"] == "inline" and inline["alttext"] == r"x_i < \frac12" and inline.find("mfrac")
     assert display["display"] == "block" and len(display.find_all("mtr")) == 2
 
@@ -108,16 +119,16 @@ def test_alt_text_is_its_own_or_the_caption_or_a_fault():
     page = ('<main><figure><img alt="mine" src="a"><figcaption>C</figcaption></figure>'
             '<figure><img src="b"><figcaption>The <b>caption</b>.</figcaption></figure>'
             '<div class="cell" id="cell-7"><img src="c"></div></main>')
-    html, (problem,) = site.finish(page)
-    assert [i.get("alt") for i in BeautifulSoup(html, "html.parser").find_all("img")] == ["mine", "The caption.", None]
+    soup, (problem,) = site.finish(page)
+    assert [i.get("alt") for i in soup.find_all("img")] == ["mine", "The caption.", None]
     assert "cell-7" in problem and "fig-alt" in problem
 
 
 def test_a_definition_can_be_linked_to_where_it_is_exported():
     exported = "def attend(q):\n    return q"
     cell = '<div class="cell"><pre class="cell-code"><code>{}</code></pre></div>'
-    html, _ = site.finish("<main>" + cell.format("def attend(q): pass") + cell.format(exported) + "</main>", f"import torch\n\n{exported}\n")
-    (anchor,) = BeautifulSoup(html, "html.parser").select("#attend")
+    soup, _ = site.finish("<main>" + cell.format("def attend(q): pass") + cell.format(exported) + "</main>", f"import torch\n\n{exported}\n")
+    (anchor,) = soup.select("#attend")
     assert exported in anchor.parent.get_text()
 
 
@@ -135,3 +146,92 @@ def test_the_sidebar_names_every_notebook_once(tmp_path):
 
 def test_this_project_s_sidebar_is_whole():
     assert site.check_sidebar(yaml.safe_load((ROOT / "_quarto.yml").read_text()), ROOT / "nbs") == []
+
+
+def test_what_scrolls_can_be_reached_and_no_header_is_empty():
+    page = ("<main><pre>short</pre><pre>" + "x" * 60 + "</pre><table><tr><th></th><th>a</th></tr></table></main>"
+            '<nav id="quarto-sidebar"><a data-bs-toggle="collapse" role="navigation">Data</a></nav><div class="toc-actions"></div>')
+    soup, _ = site.finish(page)
+    assert [pre.get("tabindex") for pre in soup.find_all("pre")] == [None, "0"]
+    assert [header.get_text() for header in soup.find_all("th")] == ["a"] and len(soup.find_all("td")) == 1
+    assert soup.button["type"] == "button" and not soup.button.get("role")
+    assert [nav["aria-label"] for nav in soup.find_all("nav")] == ["Pages", "Source"]
+
+
+def test_previous_and_next_are_called_as_in_the_sidebar_and_the_module_is_linked():
+    soup = BeautifulSoup('<a class="toc-action" href="https://x.org/r/blob/main/nbs/appendix/b.ipynb">View source</a>'
+                         '<a class="pagination-link" href="../a.html"><span class="nav-page-text">A</span></a>', "html.parser")
+    site.links_out(soup, "appendix/b.html", {"a.html": "00 A", "appendix/a.html": "another"}, "mmfuse/b.py")
+    assert soup.select_one(".nav-page-text").string == "00 A"
+    assert [a["href"] for a in soup.select(".toc-action")] == ["https://x.org/r/blob/main/nbs/appendix/b.ipynb", "https://x.org/r/blob/main/mmfuse/b.py"]
+
+
+def test_llms_txt_has_the_form_of_llmstxt_org():
+    text = site.llms_txt("name", "what it is", [("", "Welcome", "https://x.org/index.llms.md", "first"), ("Data", "00 Data", "https://x.org/data.llms.md", "a [link](x.ipynb)\nin it")])
+    assert text == ("# name\n\n> what it is\n\n## Start\n\n- [Welcome](https://x.org/index.llms.md): first\n\n"
+                    "## Data\n\n- [00 Data](https://x.org/data.llms.md): a link in it\n")
+
+
+# ---------------------------------------------------------------- what was built, and what it is built from
+
+CONFIG = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]
+DOCS = ROOT / "_docs"
+
+
+@pytest.fixture
+def built():
+    "The built site's folder."
+    if not (DOCS / "index.html").is_file():
+        pytest.skip("the site is not built: make docs")
+    return DOCS
+
+
+def test_addresses_are_those_of_the_settings():
+    settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    ini = settings["DEFAULT"]
+    assert CONFIG["site-url"] == ini["doc_host"] + ini["doc_baseurl"]
+    assert (CONFIG["repo-url"], CONFIG["repo-branch"], CONFIG["title"]) == (ini["git_url"], ini["branch"], ini["title"])
+
+
+def test_chapters_stand_in_their_order_and_solutions_last():
+    parts = site.sidebar_parts(CONFIG["sidebar"]["contents"])
+    chapters = [path for _, _, path in parts if re.match(r"\d", path)]
+    assert chapters == sorted(chapters) and len(chapters) >= 16
+    assert [text.split()[0] for _, text, path in parts if re.match(r"\d", path)] == [path.split("_")[0] for path in chapters]
+    solutions = [place for place, (part, _, _) in enumerate(parts) if part == "Solutions"]
+    assert solutions == list(range(len(parts) - len(solutions), len(parts)))
+    assert [parts[place][2].removeprefix("solutions/") for place in solutions] == chapters
+
+
+def test_the_card_shows_the_ledger_as_it_is():
+    card = tool("card")
+    picture = Image.open(card.CARD)
+    assert picture.size == (1200, 630) and card.CARD.stat().st_size < 100_000
+    assert picture.text == {"Source": card.stamp()}, "the ledger has changed: python tools/card.py"
+
+
+def test_each_page_has_a_card(built):
+    for page in sorted(built.rglob("*.html")):
+        head = BeautifulSoup(page.read_text(encoding="utf-8").split("</head>")[0], "html.parser")
+        named = {tag.get("property") or tag.get("name"): tag.get("content") for tag in head.find_all("meta")}
+        assert named["og:title"] and len(named["og:description"]) > 20 and named["twitter:card"] == "summary_large_image", page
+        assert named["og:image"] == named["twitter:image"] == f"{CONFIG['site-url']}/images/card.png", page
+        assert head.find("link", rel="icon"), page
+    assert (built / "images" / "card.png").is_file()
+
+
+def test_llms_txt_lists_every_page_and_each_copy_is_there(built):
+    listed = re.findall(r"^- \[(.+?)\]\((\S+)\): (.+)$", (built / "llms.txt").read_text(encoding="utf-8"), re.M)
+    copies = [built / address.removeprefix(f"{CONFIG['site-url']}/") for _, address, _ in listed]
+    assert sorted(copies) == sorted(p.with_suffix(".llms.md") for p in built.rglob("*.html"))
+    assert all(copy.read_text(encoding="utf-8").startswith("# ") for copy in copies)
+    assert min(len(text) for _, _, text in listed) > 20
+
+
+def test_each_page_links_to_its_notebook(built):
+    shown = {path for _, _, path in site.sidebar_parts(CONFIG["sidebar"]["contents"])}
+    source = f"{CONFIG['repo-url']}/blob/{CONFIG['repo-branch']}/nbs/"
+    found = [path for page in built.rglob("*.html")
+             for path in re.findall(f'class="toc-action" href="{re.escape(source)}([^"]+)"', page.read_text(encoding="utf-8"))]
+    assert sorted(found) == sorted(shown)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = """files hub viz metrics losses data toy download shards preprocessing towers image_encoder text_encoder token_cache attention
+ORDER = """files hub viz metrics losses annotations data toy download shards preprocessing towers image_encoder text_encoder token_cache attention
 pooled_fusion token_fusion named fusion alignment training balance settings feeds runs ledger diagnostics classifier exercises cli""".split()
 
 

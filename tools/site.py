@@ -1,10 +1,12 @@
 """Build the docs site into _docs/ from _quarto.yml, offline and without Quarto, and check it: python tools/site.py.
 
 nbdev turns the notebooks into pages (_proc/), smalldocs lays them out, and what is left is done here: formulas become
-MathML, every picture gets its alt text, nothing is loaded from another host. Then every link, fragment and page of the
-built site is checked; each fault is one line, and the exit code is 1. Only a site without a fault replaces _docs/.
+MathML, every picture gets its alt text, what scrolls can be reached by keyboard, nothing is loaded from another host, and
+llms.txt lists the pages as Markdown. Then every link, fragment and page of the built site is checked; each fault is one
+line, and the exit code is 1. Only a site without a fault replaces _docs/.
 """
 
+import posixpath
 import re
 import shutil
 import sys
@@ -20,24 +22,29 @@ from smalldocs.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
 FONT_IMPORT = re.compile(r"@import url\(https?://[^)]*\);?")
+LINK = re.compile(r"\[([^]]*)\]\([^)]*\)")
+LANDMARKS = {"#quarto-sidebar": "Pages", "#TOC": "On this page", ".toc-actions": "Source", ".page-navigation": "Previous and next",
+             ".quarto-secondary-nav": "Where this page is", ".quarto-title-breadcrumbs": "The part of this page"}
+NARROW = 45  # characters of code that a phone shows in a line
 ALIGNED = re.compile(r"\\(begin|end)\{aligned\}")  # latex2mathml knows it as align*
 
 
 # ---------------------------------------------------------------- the sidebar
 
-def sidebar_entries(contents: list) -> list[str]:
-    "The notebooks that a sidebar's `contents` name, sections included."
+def sidebar_parts(contents: list, part: str = "") -> list[tuple[str, str, str]]:
+    "The notebooks that a sidebar's `contents` name, in order: (innermost section, the sidebar's own title or nothing, path)."
     found = []
     for item in contents:
-        path = item if isinstance(item, str) else item.get("href", "")
-        found += [path] if path.endswith(".ipynb") else []
-        found += sidebar_entries(item.get("contents", [])) if isinstance(item, dict) else []
+        item = {"href": item} if isinstance(item, str) else item
+        if item.get("href", "").endswith(".ipynb"):
+            found.append((part, item.get("text", ""), item["href"]))
+        found += sidebar_parts(item.get("contents", []), item.get("section", part))
     return found
 
 
 def check_sidebar(config: dict, nbs: Path) -> list[str]:
     "A line for each notebook that the sidebar lacks, for each entry without a notebook, for each repeated entry."
-    entries = sidebar_entries(config["website"]["sidebar"]["contents"])
+    entries = [path for _, _, path in sidebar_parts(config["website"]["sidebar"]["contents"])]
     files = {p.relative_to(nbs).as_posix() for p in nbs.rglob("*.ipynb")
              if not any(part[0] in "._" for part in p.relative_to(nbs).parts)}
     return ([f"_quarto.yml: the sidebar lacks nbs/{p}: add it" for p in sorted(files - set(entries))]
@@ -76,6 +83,29 @@ class Course(Site):
                     short.setdefault(key, set()).add(link)
             short.setdefault(module, set()).add(f"/{page}")
         self.symbols = {name: links.pop() for name, links in short.items() if len(links) == 1}
+
+    def listed(self) -> list:
+        "The pages in the sidebar's order: (part, title, page)."
+        pages = {page.src.as_posix(): page for page in self.pages.values()}
+        parts = sidebar_parts(self.project.website["sidebar"]["contents"])
+        return [(part, text or pages[path].title, pages[path]) for part, text, path in parts]
+
+    def write_llms_txt(self):
+        "Write llms.txt as llmstxt.org has it: name, summary, and a line for each page under the sidebar's parts."
+        web = self.project.website
+        lines = [(part, title, f"{web['site-url']}/{page.out.with_suffix('.llms.md')}", page.meta.get("description", ""))
+                 for part, title, page in self.listed()]
+        (self.out / "llms.txt").write_text(llms_txt(web["title"], web["description"], lines), encoding="utf-8")
+
+
+def llms_txt(title: str, summary: str, pages: list[tuple[str, str, str, str]]) -> str:
+    "The text of llms.txt; each of `pages` is (part, title, address, description)."
+    parts: dict[str, list[str]] = {}
+    for part, name, address, description in pages:
+        plain = " ".join(LINK.sub(r"\1", description).split())
+        parts.setdefault(part or "Start", []).append(f"- [{name}]({address}): {plain}")
+    sections = [f"## {part}\n\n" + "\n".join(lines) for part, lines in parts.items()]
+    return "\n\n".join([f"# {title}", f"> {summary}", *sections]) + "\n"
 
 
 def mathml(soup: BeautifulSoup) -> list[str]:
@@ -131,12 +161,43 @@ def anchors(soup: BeautifulSoup, source: str) -> None:
                 cell.insert(0, soup.new_tag("a", id=fragment))
 
 
-def finish(html: str, source: str = "") -> tuple[str, list[str]]:
-    "A page as the site shows it, and what is wrong with it; `source` is the module that it exports."
+def accessible(soup: BeautifulSoup) -> None:
+    "Name the page's landmarks, let the keyboard reach what scrolls, and leave no table header empty."
+    for landmark, name in LANDMARKS.items():
+        for tag in soup.select(landmark):
+            tag.name, tag["aria-label"] = "nav", name
+    for fold in soup.select("#quarto-sidebar [data-bs-toggle]"):
+        fold.name, fold["type"] = "button", "button"
+        del fold["role"]
+    for code in soup.find_all("pre"):
+        if max(map(len, code.get_text().splitlines()), default=0) > NARROW:
+            code["tabindex"] = "0"
+    for box in soup.select(".sd-table, .cell-output-display:has(table), span.math.display"):
+        box["tabindex"] = "0"
+    for header in soup.find_all("th"):
+        if not header.get_text(strip=True):
+            header.name = "td"
+
+
+def links_out(soup: BeautifulSoup, name: str, titles: dict[str, str], module: str) -> None:
+    "Previous and next of the page `name` as the sidebar calls them (`titles`), and under its source the `module` that it exports."
+    for link in soup.select("a.pagination-link"):
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), link["href"]))
+        link.find(class_="nav-page-text").string = titles[target]
+    source = soup.find("a", class_="toc-action", href=re.compile("/blob/"))
+    if source and module:
+        exported = soup.new_tag("a", attrs={"class": "toc-action", "href": f"{source['href'].split('/nbs/')[0]}/{module}"})
+        exported.extend([soup.new_tag("i", attrs={"class": "bi bi-braces"}), f" {module.removeprefix('mmfuse/')}"])
+        source.insert_after(soup.new_tag("br"), exported)
+
+
+def finish(html: str, source: str = "") -> tuple[BeautifulSoup, list[str]]:
+    "A page as the site shows it, and what is wrong with it; `source` is the text of the module that it exports."
     soup = BeautifulSoup(html, "html.parser")
     problems = mathml(soup) + alt_texts(soup)
     anchors(soup, source)
-    return str(soup), problems
+    accessible(soup)
+    return soup, problems
 
 
 def build(out: Path) -> list[str]:
@@ -146,13 +207,15 @@ def build(out: Path) -> list[str]:
     site.build()
     # links are checked later, all of them, and Course reads output-file
     problems = [w for w in site.warnings if "output-file" not in w and "broken link" not in w]
-    sources = {target.split("#")[0]: ROOT / path for target, path in symbols().values()}
+    modules = {target.split("#")[0]: path for target, path in symbols().values()}
+    titles = {page.out.as_posix(): title for _, title, page in site.listed()}
     for page in sorted(out.rglob("*.html")):
         name = page.relative_to(out).as_posix()
-        module = sources.get(name)
-        source = module.read_text(encoding="utf-8") if module else ""
-        html, faults = finish(page.read_text(encoding="utf-8"), source)
-        page.write_text(html, encoding="utf-8")
+        module = modules.get(name, "")
+        source = (ROOT / module).read_text(encoding="utf-8") if module else ""
+        soup, faults = finish(page.read_text(encoding="utf-8"), source)
+        links_out(soup, name, titles, module)
+        page.write_text(str(soup), encoding="utf-8")
         problems += [f"{name}: {fault}" for fault in faults]
     for css in out.rglob("*.css"):
         css.write_text(FONT_IMPORT.sub("", css.read_text(encoding="utf-8")), encoding="utf-8")

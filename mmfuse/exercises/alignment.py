@@ -64,13 +64,14 @@ def check_runaway(
     if not math.isclose(scale().item(), 1 / 0.07, rel_tol=1e-3):
         return f"it starts at {scale().item():.1f}, not at 1/.07 = 14.3"
     parameters[0].data += 5
+    if scale().item() < 50: parameters[0].data += 200  # the value itself is stored, not its logarithm
     if scale().item() > 100.1: return f"after a step too far it is {scale().item():.0f}, not 100 at most"
-    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    before, optimizer = scale().item(), torch.optim.SGD(parameters, lr=0.01)
     for _ in range(20):
         optimizer.zero_grad()
         scale().backward()
         optimizer.step()
-    if scale().item() > 99: return "twenty steps down leave it at 100: no gradient leads back"
+    if scale().item() > before - 0.01: return f"twenty steps down leave it at {before:.0f}: no gradient leads back"
 
 # %% ../../nbs/solutions/08_alignment.ipynb #42403860
 @checks("08.4", "Nothing is lost")
@@ -101,6 +102,6 @@ def check_last_batch(
     for sizes in ([4], [4, 4], [4, 3], [2, 5, 1]):
         start = 0
         for rank, size in enumerate(sizes):
-            found, wanted = right_columns(rank, sizes).tolist(), list(range(start, start + size))
+            found, wanted = torch.as_tensor(list(right_columns(rank, sizes))).tolist(), list(range(start, start + size))
             if found != wanted: return f"of {sizes} rows, process {rank} has {wanted}, not {found}"
             start += size

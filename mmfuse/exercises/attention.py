@@ -49,14 +49,15 @@ def check_key_padding_mask(
     lengths = 5, 2, 3
     theirs = torch.tensor([[1] * n + [0] * (5 - n) for n in lengths])
     mask = key_padding_mask(theirs)
-    if mask.dtype != torch.bool:
-        return f"expected bool, got {mask.dtype}: a mask of numbers is added to the scores"
+    if not (mask.dtype == torch.bool or mask.is_floating_point()):
+        return f"expected bool, got {mask.dtype}"
     with torch.no_grad(): got = mha(words[:, :1], words, words, key_padding_mask=mask)[0]
     for x, row, n in zip(words, got, lengths):
         with torch.no_grad(): alone = mha(x[None, :1], x[None, :n], x[None, :n])[0][0]
         if not torch.allclose(row, alone, atol=1e-5):
+            added = "" if mask.dtype == torch.bool else "; a mask of numbers is added to the scores"
             return (f"a caption of {n} words in a batch of length 5 reads "
-                    f"{'its padding' if n < 5 else 'nothing'}")
+                    f"{'its padding' if n < 5 else 'nothing'}{added}")
 
 # %% ../../nbs/solutions/04_attention.ipynb #c5007bc4
 @checks("04.3", "A gate in disguise")
@@ -82,13 +83,13 @@ def check_causal(
     causal:Callable[[Tensor], Tensor], # the reader's: mask bool (B, T) -> bool (B, T, T)
 ) -> str|None: # what is not right yet
     "Word i reads word j if j is real and not later."
-    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]).bool()
     got = causal(mask)
-    if got.shape != (2, 5, 5) or got.dtype != torch.bool:
-        return f"expected bool (B, T, T) = (2, 5, 5), got {got.dtype} {tuple(got.shape)}"
-    for b, i, j in torch.cartesian_prod(torch.arange(2), torch.arange(5), torch.arange(5)).tolist():
+    if got.shape != (3, 5, 5) or got.dtype != torch.bool:
+        return f"expected bool (B, T, T) = (3, 5, 5), got {got.dtype} {tuple(got.shape)}"
+    for b, i, j in torch.cartesian_prod(torch.arange(3), torch.arange(5), torch.arange(5)).tolist():
         want = j <= i and bool(mask[b, j])
-        if bool(got[b, i, j]) == want: continue
+        if bool(got[b, i, j]) == want or not mask[b, i]: continue  # nobody uses what padding reads
         kind = "later" if j > i else "earlier" if j < i else "the same word"
         if not mask[b, j]: kind = "padding"
         return f"word {i} {'may' if want else 'must not'} read word {j}, which is {kind}"

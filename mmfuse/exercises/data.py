@@ -27,7 +27,7 @@ def check_place(
         y = np.asarray(place_all(ids, list(numbers)), float)
         wanted = np.isin(sorted(numbers), ids).astype(float)
         if y.shape != wanted.shape:
-            return f"{len(numbers)} categories make a target of {len(numbers)} numbers, not {y.shape}"
+            return f"{len(numbers)} categories give {len(numbers)} numbers, not {y.shape}"
         if not np.array_equal(y, wanted):
             places = {int(n): float(y[n]) for n in y.nonzero()[0]}
             return (f"objects of categories {ids} among {len(numbers)} have their ones at "
@@ -46,6 +46,7 @@ def check_hot_dogs(
     misses:list[str], # captions in which it misses what is
 ) -> str|None: # what is not right yet
     "Two captions each on which a search for the name is wrong."
+    if str in map(type, (sees_too_much, misses)): return "two lists of captions, not two captions"
     for caption in sees_too_much:
         naive, said = _both(caption)
         if not naive - said: return f"in {caption!r} the search sees nothing that is not named"
@@ -70,10 +71,12 @@ def check_said(
     "All five captions, none of them above the others, and better than whether any names it."
     said, y = _toy_said()
     scores = torch.as_tensor(score_said(said.clone())).float()
-    if scores.shape != y.shape: return f"scores have the shape {tuple(y.shape)}, not {tuple(scores.shape)}"
+    if scores.shape != y.shape:
+        return f"scores have the shape {tuple(y.shape)}, not {tuple(scores.shape)}"
     turned = torch.as_tensor(score_said(said.flip(1))).float()
     if not torch.allclose(scores, turned):
-        return "who says it first should not matter, and your scores change when the captions change places"
+        return ("who says it first should not matter, and your scores change when the captions "
+                "change places")
     mine, any_of_five = (mean_average_precision(s, y) for s in (scores, said.any(1).float()))
     if mine < any_of_five + .02:
         return f"mAP {mine:.2f}, and 'named by any of the five' has {any_of_five:.2f} already"
@@ -88,11 +91,13 @@ def check_leak(
     pictures = rng.choice(600_000, 1000, replace=False)
     rows = rng.permutation(np.repeat(pictures, rng.integers(1, 8, 1000)))
     test = np.asarray(hold_out(rows.copy(), .2, 0))
-    if test.shape != rows.shape or test.dtype != bool: return f"expected {len(rows)} booleans, one a row"
+    if test.shape != rows.shape or test.dtype != bool:
+        return f"expected {len(rows)} booleans, one a row"
     both = set(rows[test].tolist()) & set(rows[~test].tolist())
     if both: return f"{len(both)} of 1000 pictures are on both sides"
     for share in (.2, .5):
         found = len(set(rows[np.asarray(hold_out(rows.copy(), share, 0))].tolist())) / 1000
-        if abs(found - share) > .06: return f"{share:.0%} of the pictures were asked for, {found:.0%} are held out"
+        if abs(found - share) > .06:
+            return f"{share:.0%} of the pictures were asked for, {found:.0%} are held out"
     if not np.array_equal(test, hold_out(rows.copy(), .2, 0)): return "the same seed gives another split"
     if np.array_equal(test, hold_out(rows.copy(), .2, 1)): return "another seed gives the same split"

@@ -34,6 +34,7 @@ def check_accumulate(
         head, parts = _head(), list(zip(x.split(sizes), y.split(sizes)))
         for name in ("from fresh parameters", "a second time, with old gradients still there"):
             said = accumulate(head, parts)
+            if isinstance(said, torch.Tensor): said = said.item()
             off = ((_gradient(head) - want).norm() / want.norm()).item()
             if off > 1e-4: return f"in parts of {sizes}, {name}, the gradient is off by {100 * off:.0f} %"
             if said is not None and abs(float(said) - loss.item()) > 1e-5: return f"in parts of {sizes} the loss is {loss.item():.4f}, not {float(said):.4f}"

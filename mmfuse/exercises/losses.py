@@ -53,6 +53,8 @@ def check_without_focus(
         if ours.shape != (): return f"the result is {tuple(ours.shape)}: the mean over all elements is wanted"
         felt, wanted = (torch.autograd.grad(v, x, retain_graph=True)[0] for v in (ours, theirs))
         if not torch.allclose(felt, wanted, rtol=1e-4, atol=1e-7):
+            times = float(felt.norm() / wanted.norm())
+            if torch.allclose(felt, times * wanted, rtol=1e-4, atol=1e-6): return f"with gamma {gamma:g} every gradient is {times:.3g} times too long: the mean over all elements is wanted"
             share, right = (float(g[0, 0].abs() / g[0, 2].abs()) for g in (felt, wanted))
             return f"with gamma {gamma:g} the easiest element's gradient is {share:.2g} of a hard one's, where {right:.2g} is right"
         if not torch.isclose(ours, theirs, rtol=1e-5): return f"with gamma {gamma:g} the loss is {ours:.4f} where {theirs:.4f} is right"
@@ -89,5 +91,6 @@ def check_labels_that_nobody_knows(
         felt = torch.autograd.grad(got, x)[0]
         if felt[~known].any(): return "an unknown label sends a gradient"
     nothing = partial_bce(x, torch.full_like(y, -1))
+    if not getattr(nothing, "requires_grad", False): return "with no label known the result does not hang on the logits, and backward() would raise: give a 0 that has a gradient"
     felt = torch.autograd.grad(nothing, x)[0]
     if not (nothing == 0) or not (felt == 0).all(): return f"with no label known the loss is {nothing:.4g} and its gradient {felt[0, 0]:.4g}: both should be 0"

@@ -22,7 +22,7 @@ def _two_products(Product) -> tuple[nn.Module, nn.Module]:
 
 @checks("05.1", "Find the bug: a list of matrices")
 def check_list_of_matrices(
-    Product, # the reader's class; Product(d_image, d_text, width, rank=4)(x_i, x_t) -> (B, width)
+    Product, # the reader's class: Product(d_image, d_text, width, rank=4)(x_i, x_t) -> (B, width)
 ) -> str|None: # what is not right yet
     "Every factor is registered, trained and saved, and the layer computes what it did."
     layer, other = _two_products(Product)
@@ -35,6 +35,9 @@ def check_list_of_matrices(
     if idle: return f"no gradient reaches {idle[0]}"
     other.load_state_dict(layer.state_dict())
     if not torch.equal(other(*x), out): return "a saved and loaded layer answers differently"
+    shapes = [tuple(p.shape) for p in layer.parameters()]
+    if not {(4, 9, 16), (4, 5, 16)} <= {*shapes}:
+        return f"the factors are (rank, d + 1, width), as they were; yours are {shapes}"
     u, v = sorted((p for p in layer.parameters() if p.ndim == 3), key=lambda p: -p.shape[1])
     a, b = (torch.einsum("bd,rdw->brw", nn.functional.pad(y, (0, 1), value=1.), w)
             for y, w in zip(x, (u, v)))
@@ -48,12 +51,13 @@ def check_xor_by_hand(
     u, # the reader's two numbers for the picture's side, (u0 x_i + u1)
     v, # and two for the caption's, (v0 x_t + v1)
 ) -> str|None: # what is not right yet
-    "A product of rank one is positive where exactly one of its inputs is 1, and negative elsewhere."
+    "A product of rank one is positive where exactly one of its inputs is 1, else negative."
     (u0, u1), (v0, v1) = u, v
     for x_i, x_t in itertools.product((0, 1), repeat=2):
         out = (u0 * x_i + u1) * (v0 * x_t + v1)
         if (out > 0) != (x_i != x_t) or out == 0:
-            return f"for {x_i} and {x_t} the product is {out:g}, which should be {'above' if x_i != x_t else 'below'} 0"
+            side = "above" if x_i != x_t else "below"
+            return f"for {x_i} and {x_t} the product is {out:g}, which should be {side} 0"
 
 # %% ../../nbs/solutions/05_pooled_fusion.ipynb #b4258ba6
 @checks("05.3", "Late or joint: what is counted twice")
@@ -70,7 +74,8 @@ def check_counted_twice(
         prior = torch.tensor(p / (1 - p)).log()
         got = combine(l_i.repeat_interleave(4), l_t.repeat(4), prior)
         if not torch.allclose(got, right, atol=1e-4):
-            return f"for a label in {p:.0%} of pictures, the first answer is {got[0]:.2f} where Bayes has {right[0]:.2f}"
+            return (f"for a label in {p:.0%} of pictures, the first answer is {got[0]:.2f} where "
+                    f"Bayes has {right[0]:.2f}")
 
 # %% ../../nbs/solutions/05_pooled_fusion.ipynb #b3e504b0
 @checks("05.4", "Some pictures are missing")
@@ -79,14 +84,19 @@ def check_some_missing(
 ) -> str|None: # what is not right yet
     "In one call, what the head says of each sample alone, with None for a picture that is not there."
     torch.manual_seed(0)
-    img, txt, mask = torch.randn(6, 5, 12), torch.randn(6, 4, 8), torch.ones(6, 4, dtype=torch.bool)
-    for cls, there in itertools.product((ConcatHead, GatedHead, FilmHead), ([1, 0, 1, 1, 0, 1], [1] * 6, [0] * 6)):
+    img, txt, mask = torch.randn(6, 5, 12), torch.randn(6, 4, 8), torch.ones(6, 4).bool()
+    cases = [1, 0, 1, 1, 0, 1], [1] * 6, [0] * 6
+    for cls, there in itertools.product((ConcatHead, GatedHead, FilmHead), cases):
         there, head, calls = torch.tensor(there).bool(), cls(12, 8, 3, width=16).eval(), []
         head.set_statistics(img + 1, txt, mask)
         with torch.no_grad():
-            right = torch.cat([head(img[i:i + 1] if there[i] else None, txt[i:i + 1], mask[i:i + 1]) for i in range(6)])
+            right = torch.cat([head(img[i:i + 1] if there[i] else None, txt[i:i + 1],
+                                    mask[i:i + 1]) for i in range(6)])
             head.register_forward_pre_hook(lambda *_: calls.append(1))
             got = answer(head, img.clone(), txt, mask, there)
         gap = (got - right).abs().amax(1)  # (B,)
-        if gap.max() > 1e-4: return f"{cls.__name__}, {int((~there).sum())} of 6 pictures missing: a sample that {'is there' if there[gap.argmax()] else 'is missing'} is off by {gap.max():.2f}"
+        if gap.max() > 1e-4:
+            which = "is there" if there[gap.argmax()] else "is missing"
+            return (f"{cls.__name__}, {int((~there).sum())} of 6 pictures missing: a sample that "
+                    f"{which} is off by {gap.max():.2f}")
         if len(calls) > 1: return f"right, but in {len(calls)} calls of the head: one is enough"

@@ -50,13 +50,15 @@ def check_silent_unk(
         path = Path(folder) / "vocab.txt"
         path.write_text("\n".join(words))
         trapped, right = BertTokenizerFast(vocab_file=str(path)), BertTokenizerFast(vocab=str(path))
+        right.save_pretrained(folder)
         made = make_tokenizer(Path(folder))
     if made.tokenize("two red buses") != ["two", "red", "bus", "##es"]:
         return (f"'two red buses' becomes {made.tokenize('two red buses')}, though the vocabulary "
                 "has these words")
     cases = (("a trapped tokenizer", trapped, ["a puppy asleep"], False),
              ("a right one", right, ["a puppy"], True),
-             ("a right one, with one odd word of four,", right, ["a puppy asleep", "kayaks"], True))
+             ("a right one, with one odd word of four,", right, ["a puppy asleep", "kayaks"], True),
+             ("a right one, of another world,", right, ["kayaks drift", "a glacier"], False))
     for name, tokenizer, captions, want in cases:
         if bool(knows(tokenizer, captions)) != want:
             return (f"{name} {'knows' if want else 'does not know'} most words of {captions}, and "

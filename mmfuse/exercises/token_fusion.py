@@ -21,7 +21,9 @@ def _seeded(*shape:int, seed:int=0) -> Tensor: # standard normal
 def _layer(**kwargs) -> nn.MultiheadAttention: # 32 wide, 4 heads, the same weights each time
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return nn.MultiheadAttention(32, 4, **kwargs).eval()
+        layer = nn.MultiheadAttention(32, 4, **kwargs).eval()
+        for bias in (layer.in_proj_bias, layer.out_proj.bias): nn.init.normal_(bias)  # as if trained
+        return layer
 
 def _differs(
     got, # what the reader's function gave
@@ -51,6 +53,7 @@ def check_whose_places(
             moved = (read_places(layer, words, other)[0] - got[0]).abs().max().item()
             if moved > 1e-5:
                 return f"sample 0 moves by {moved:.2g} when the picture of sample 1 is replaced"
+        if layer.batch_first: return "the layer stays as it was made, without batch_first"
         three = (x.transpose(0, 1) for x in (words, places, places))
         return _differs(got, layer(*three, need_weights=False)[0].transpose(0, 1))
 
@@ -124,7 +127,7 @@ def check_exchange(
     for k in (1, 4):
         args = see, read, _seeded(3, k, 16, seed=2)
         got, expected = exchange(*args, img, txt, mask), _exchange(*args, img, txt, mask)
-        if not isinstance(got, tuple) or len(got) != 3:
+        if not isinstance(got, (tuple, list)) or len(got) != 3:
             return "give three tensors: shared, img, txt"
         if not torch.allclose(got[2], exchange(*args, img + 1, txt, mask)[2], atol=1e-5):
             return "within one layer the words know the picture: it passed the bottleneck by"

@@ -47,18 +47,19 @@ def _missing(
 ) -> str|None: # what is not right yet
     "Run a check; an exception in the reader's code is an answer too."
     if any(a is None or a is ... for a in answers): return EMPTY
-    returned = []
+    written, returned = [a for a in answers if isinstance(a, FunctionType)], []
     def watched(answer):
-        if not isinstance(answer, FunctionType): return answer
         @wraps(answer)
         def call(*args, **kwargs):
             returned.append(answer(*args, **kwargs))
             return returned[-1]
-        return call
-    try: text = check(*map(watched, answers))
-    except Exception as e: text = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
-    if text is not None and returned and all(r is None or r is ... for r in returned): return EMPTY
-    return text
+        return call if isinstance(answer, FunctionType) else answer
+    try: text, why = check(*map(watched, answers)), None
+    except Exception as e: text, why = None, f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), 'no message')}"
+    if (text or why) and returned and all(r is None or r is ... for r in returned):
+        if not any(a.__code__.co_names for a in written): return EMPTY # a body of `...` calls nothing
+        if why: return f"your function returns nothing: is a `return` missing? ({why})"
+    return text or why
 
 # %% ../../nbs/appendix/exercises.ipynb #faaa5445
 def _kept() -> Path: return home() / "exercises.json"
