@@ -1,4 +1,4 @@
-# mmfuse: every target says what it does; the first call of any of them makes .venv (6 GB), later calls are quick.
+# mmfuse: every target says what it does; the first call of any of them makes .venv (7 GB), later calls are quick.
 PYTHON ?= python3
 NB ?= all
 SHELL := bash
@@ -22,7 +22,7 @@ SAY := awk '/Downloading .*([0-9][0-9]\.[0-9] MB|GB)/ {sub(/ *Downloading/, "   
 
 $(READY): settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmfuse needs Python 3.11 or newer; this is " + sys.version.split()[0] + ": call make PYTHON=python3.12, say")'
-	@echo "==> installing into .venv (the first time: 3 to 10 minutes, 6 GB; after a change of settings.ini: seconds)"
+	@echo "==> installing into .venv (the first time: 3 to 10 minutes, 7 GB; after a change of settings.ini: seconds)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
 	@set -o pipefail; PYTHONWARNINGS=ignore $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-build-isolation --editable '.[dev,offline,onnx]' | $(SAY)
@@ -54,7 +54,7 @@ run: $(READY) ## execute one notebook and keep its outputs: make run NB=05 (NB=a
 	@echo "==> executing $(NB) in a fresh kernel"
 	$(BIN)/python tools/execute.py $(NB)
 
-check: $(READY) ## execute one notebook and compare with its committed outputs: make check NB=05 (all: 15 minutes)
+check: $(READY) ## execute one notebook and compare with its committed outputs: make check NB=05 (all: 20 minutes)
 	@echo "==> comparing $(NB), in fresh kernels, with what is committed"
 	$(BIN)/python tools/execute.py --check $(NB)
 
