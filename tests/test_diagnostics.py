@@ -260,9 +260,9 @@ def test_arms_are_trained_and_judged_out_of_fold(small):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--run", "nowhere"], "no folder 'nowhere'"),
+    (["--run", "nowhere"], "no run in 'nowhere'"),
     (["--run", ".", "--data", "."], "--run knows its own data"),
-    (["--run", "."], "is not the configuration of a run"),
+    (["--run", "."], "no run in '.'"),
     (["--arms", "joit"], "no arm is called 'joit'"),
     (["--data", "."], "COCO's layout"),
     (["--n", "1"], "--n"),

@@ -153,7 +153,7 @@ def test_in_one_go_it_is_fit(arm, tmp_path):
     head = make_head(arm, DI, DT, C, width=16, names=torch.tensor(make_tokens().names))
     history = fit(head, make_tokens(), epochs=4, batch_size=8, lr=3e-3, modality_dropout=0.3)
     assert same(weights(tmp_path), head.state_dict())
-    assert [line["train_loss"] for line in done.history] == history
+    assert [line["train_loss"] for line in done.history] == pytest.approx(history, rel=1e-12)  # one divides before it adds
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
