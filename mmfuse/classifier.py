@@ -46,13 +46,18 @@ class _Picture:
     captions: list[str] = field(default_factory=list)
     labels: set[str] = field(default_factory=set)
 
+def _lines(path:Path) -> list[dict]: # a field by its column's name
+    "The rows of a CSV file; a field in quotes may have several lines."
+    try: return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise CocoError(f"cannot read '{path}': {getattr(e, 'strerror', None) or e}") from None
+
 def _read_table(
     path:Path, # a CSV file
     sep:str, # between labels
 ) -> list[_Picture]:
     "Rows put together by picture; `CocoError` names the row that is wrong."
-    try: lines = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as e: raise CocoError(f"cannot read '{path}': {getattr(e, 'strerror', None) or e}") from None
+    lines = _lines(path)
     missing = {"image", "labels"} - set(lines[0] if lines else ())
     if missing: raise CocoError(f"'{path}' needs a header with image, caption, labels and at least one row; missing: {', '.join(sorted(missing))}")
     found: dict[Path, _Picture] = {}
@@ -220,8 +225,9 @@ def _fit(
     **kwargs, # to `mmfuse.training.fit`
 ) -> MultimodalClassifier: # itself
     "Train the head on cached tokens, and note with what, for `_evaluate`."
-    fit(model.head, _tokens(model, data, progress), loss=_one_of if model.single else bce, **kwargs)
-    model._trained = _tokens(model, data), kwargs
+    tokens = _tokens(model, data, progress)
+    fit(model.head, tokens, loss=_one_of if model.single else bce, **kwargs)
+    model._trained = tokens, kwargs
     return model
 
 def _evaluate(
@@ -290,8 +296,7 @@ def answer_table(
 ) -> str: # a line a question
     "Ask a table; `CocoError` names what cannot be read."
     path = Path(path)
-    try: lines = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as e: raise CocoError(f"cannot read '{path}': {getattr(e, 'strerror', None) or e}") from None
+    lines = _lines(path)
     if not lines or not {"image", "caption"} & set(lines[0]): raise CocoError(f"'{path}' needs a header with image or caption, and at least one row")
     for n, l in enumerate(lines, 2):
         if not l.get("image") and not l.get("caption"): raise CocoError(f"'{path}', row {n}: neither a picture nor a caption")

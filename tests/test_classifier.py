@@ -68,6 +68,16 @@ def test_the_split_is_the_seeds(shop, tmp_path):
     assert ids[0] == ids[1] != ids[2]
 
 
+def test_a_caption_of_two_lines_is_one_caption(tmp_path):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png")
+    with open(tmp_path / "t.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("image", "caption", "labels"), *((f"{i}.png", f"{i}, the first line\nand a second", "cat") for i in range(4))])
+    coco_from_csv(tmp_path / "t.csv", tmp_path / "coco", val_share=0.25)
+    said = [a["caption"] for s in ("train", "val") for a in json.loads((tmp_path / "coco" / "annotations" / f"captions_{s}.json").read_text())["annotations"]]
+    assert sorted(said) == [f"{i}, the first line\nand a second" for i in range(4)]
+
+
 def test_a_folder_of_classes(tmp_path):
     for k, name in enumerate(("lamp", "chair")):
         for i in range(6):
