@@ -160,7 +160,6 @@ def ledger(
     "Train all arms alike, compare them in pairs, and write the fusion ledger."
     names = check_names(arms)
     if data: check_coco(data, train_split)
-    if data and bool(folds) == bool(test_split): raise MmfuseError("say what to judge on: either --test-split or --folds")
     if test_data and not test_split: raise MmfuseError("--test-data needs --test-split")
     if test_split and (test_data or data): check_coco(test_data or data, test_split)
     if folds and not folds.is_file(): raise MmfuseError(f"no file '{folds}': --folds wants JSON {{image_id: fold}}")
@@ -264,7 +263,6 @@ def diagnose(
     if run and (data or folds or test_split): raise MmfuseError("--run knows its own data: leave --data, --test-split and --folds out")
     if run and not (run / "config.json").is_file(): raise MmfuseError(f"no run in '{run}': --run wants a folder that `mmfuse train` wrote")
     if data: check_coco(data, train_split)
-    if data and bool(folds) == bool(test_split): raise MmfuseError("say what to judge on: either --test-split or --folds")
     if test_split and data: check_coco(data, test_split)
     if folds and not folds.is_file(): raise MmfuseError(f"no file '{folds}': --folds wants JSON {{image_id: fold}}")
     for name in (image_encoder, text_encoder): check_encoder(name)

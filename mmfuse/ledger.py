@@ -394,6 +394,9 @@ def _load(
     data, train_split, test_split, folds, test_data, encoders, cache_dir, progress, captions=1,
 ) -> tuple[list[Split], Tokens, int, dict]: # splits, judged pictures as predicted, number, slices
     "Read everything that can be wrong first, then encode."
+    if bool(folds) == bool(test_split):
+        raise MmfuseError("say what to judge on: either a test split (--test-split) or folds "
+                          "(--folds)")
     train_set, test_set = _datasets(data, train_split, test_split, test_data)
     where = read_folds(folds) if folds else None
     image, text = make_encoders(encoders["image"], encoders["text"], train_set.classes)
@@ -464,8 +467,6 @@ def run(
     start, arms, toy = time.perf_counter(), check_arms(arms), data is None
     for path in [Path(out), Path(out).with_suffix(".png")] if out else []: check_output(path)
     if toy: data, test_split = toy_coco(), None if folds else test_split or "val2017"
-    if bool(folds) == bool(test_split):
-        raise MmfuseError("say what to judge on: either a test split or folds")
     encoders = dict(image=reading(image_encoder), text=text_encoder)
     splits, judged, n, slices = _load(data, train_split, test_split, folds, test_data, encoders,
                                       cache_dir, progress, captions)

@@ -77,8 +77,9 @@ def test_bad_input_is_one_line(args, words, tmp_path):
 
 def test_where_to_judge_must_be_said_once(coco, tmp_path):
     base = ["ledger", "--data", coco, "--train-split", "val2017"]
-    assert one_line(mmfuse(*base), "--test-split or --folds")
-    assert one_line(mmfuse(*base, "--test-split", "val2017", "--folds", "f.json"), "--test-split or --folds")
+    assert one_line(mmfuse(*base), "(--test-split) or folds (--folds)")
+    (tmp_path / "f.json").write_text("{}")
+    assert one_line(mmfuse(*base, "--test-split", "val2017", "--folds", tmp_path / "f.json"), "(--test-split) or folds (--folds)")
     assert one_line(mmfuse(*base, "--folds", tmp_path / "no.json"), "no file")
     assert one_line(mmfuse(*base, "--test-split", "test2017"), "'test2017' is missing")
 

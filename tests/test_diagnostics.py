@@ -259,6 +259,12 @@ def test_arms_are_trained_and_judged_out_of_fold(small):
     assert "Not fusion" in text_report(r) or "neither" in text_report(r)
 
 
+@pytest.mark.parametrize("judge", [{}, dict(folds="f.json", test_split="val2017")])
+def test_it_must_be_said_what_judges(judge):
+    with pytest.raises(MmfuseError, match="either a test split .* or folds"):
+        diagnose("anywhere", arms=["image"], progress=False, **judge)
+
+
 @pytest.mark.parametrize("args, says", [
     (["--run", "nowhere"], "no run in 'nowhere'"),
     (["--run", ".", "--data", "."], "--run knows its own data"),

@@ -302,7 +302,7 @@ def test_more_test_captions_change_the_score_of_words_alone(toy, tmp_path):
 @pytest.mark.parametrize("change, words", [
     (dict(arms=["txet"]), "no arm is called 'txet'"),
     (dict(test_split="train2017"), "has pictures of 'train2017' in it"),
-    (dict(test_split=None), "either a test split or folds"),
+    (dict(test_split=None), "either a test split (--test-split) or folds"),
     (dict(test_split="test2017"), "test2017"),
     (dict(image_encoder="resnet5000"), "no image encoder 'resnet5000'"),
     (dict(text_encoder="./nowhere"), "nowhere"),
