@@ -1,9 +1,10 @@
 """What the ledger's page reads besides the ledger: `python tests/bench/bench_ledger.py PART DATA`.
 
-PART is audit (whose captions, which baselines), captions (one to five at test time), pictures (40 to 340 to train on) or encoders
-(others). DATA is a folder in COCO's layout with `val2017` and `folds.json`; every number is out of fold. `pictures` and `encoders` choose
-their settings as the ledger does, with three seeds; `audit` (one seed) and `captions` (three) train at the rates that were best in the
-search's inner folds (nbs/results/trials.json). Writes nbs/results/audit.json or scaling.json.
+PART is audit (whose captions, which baselines), captions (one to five at test time), pictures (40 to 340 to train on), encoders
+(others) or queries (label queries over one modality). DATA is a folder in COCO's layout with `val2017` and `folds.json`; every number is
+out of fold. `pictures`, `encoders` and `queries` choose their settings as the ledger does, with three seeds; `audit` (one seed) and
+`captions` (three) train at the rates that were best in the search's inner folds (nbs/results/trials.json). Writes nbs/results/audit.json
+or scaling.json.
 """
 
 import json
@@ -118,9 +119,9 @@ def captions(root):
     return {k: compared({a: np.stack([judged(h, splits, captions=k) for h in each]) for a, each in heads.items()}, tokens.labels[order]) for k in range(1, 6)}
 
 
-def chosen(splits, scored):
+def chosen(splits, scored, arms=ARMS):
     "Scores of each arm as the ledger makes them."
-    return {a: np.concatenate([score_arm(a, s, seeds=SEEDS, scored=scored)["scores"] for s in splits], 1) for a in ARMS}
+    return {a: np.concatenate([score_arm(a, s, seeds=SEEDS, scored=scored)["scores"] for s in splits], 1) for a in arms}
 
 
 def pictures(root):
@@ -162,6 +163,30 @@ def encoders(root):
     return found
 
 
+def blank(tokens, modality):
+    "The same pictures, with one token of zeros in place of a modality: what is left is the other one alone."
+    if modality == "image":
+        return replace(tokens, img=np.zeros_like(tokens.img[:, :1]))
+    return replace(tokens, txt=np.zeros_like(tokens.txt[:, :, :1]), mask=np.ones_like(tokens.mask[:, :, :1]))
+
+
+def queries(root):
+    "Label queries that ask the words only, or the picture's places only, beside the linear arms that read the same."
+    data = CocoPairs(root, "val2017")
+    encoders = make_encoders("efficientnet_lite0", "minilm", data.classes)
+    tokens, scored = cache_tokens(data, *encoders, progress=False), reading("efficientnet_lite0").endswith("+names")
+    whole, order = fold_splits(tokens, read_folds(Path(root) / "folds.json"))
+    y, pooled = tokens.labels[order], [Split(pooled_image(s.train), pooled_image(s.test)) for s in whole]
+    scores = chosen(pooled, scored, ("image", "text", *ARMS))
+    for name, gone in (("query_text", "image"), ("query_image", "text")):
+        alone = [Split(blank(s.train, gone), blank(s.test, gone)) for s in whole]
+        scores[name] = chosen(alone, scored, ("label_query",))["label_query"]
+    linear = {"query_text": ("text", "text_named"), "query_image": ("image", "image_named")}
+    return {"mAP": {a: float(np.mean([mean_average_precision(each, y) for each in s])) for a, s in scores.items()},
+            "over": {q: {a: gain(scores[q], scores[a], y) for a in arms} for q, arms in linear.items()},
+            "gains": {q: gain(scores["named"], scores[q], y) for q in linear}}
+
+
 def rounded(x):
     if isinstance(x, dict):
         return {k: rounded(v) for k, v in x.items()}
@@ -172,7 +197,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     part, root, start = sys.argv[1], sys.argv[2], time.process_time()
     path = RESULTS / ("audit.json" if part == "audit" else "scaling.json")
-    found = {"audit": audit, "captions": captions, "pictures": pictures, "encoders": encoders}[part](root)
+    found = {"audit": audit, "captions": captions, "pictures": pictures, "encoders": encoders, "queries": queries}[part](root)
     minutes = round((time.process_time() - start) / 60, 1)
     old = json.loads(path.read_text()) if path.exists() else {}
     new = {**old, part: {**rounded(found), "provenance": provenance(seeds=1 if part == "audit" else SEEDS, cpu_minutes=minutes)}}
