@@ -28,8 +28,9 @@ def color_of(
 def style():
     "Set matplotlib up as all pages do: 6x3 in, no top and right spine, reproducible SVG."
     mpl.rcParams.update({
-        "figure.figsize": (6, 3), "figure.dpi": 100, "savefig.dpi": 100, "figure.constrained_layout.use": True,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "axes.labelcolor": INK,
+        "figure.figsize": (6, 3), "figure.dpi": 100, "savefig.dpi": 100,
+        "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.edgecolor": INK, "axes.labelcolor": INK,
         "axes.prop_cycle": mpl.cycler(color=[TEXT, IMAGE, FUSED, "#CC79A7", "#56B4E9", CEILING]),
         "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
         "legend.fontsize": 8, "legend.frameon": False, "image.interpolation": "nearest",
@@ -54,21 +55,34 @@ def _array(image) -> np.ndarray: # (H, W, 3)
     return image.transpose(1, 2, 0) if image.ndim == 3 and image.shape[0] in (1, 3) else image
 
 # %% ../nbs/appendix/viz.ipynb #45a39cfc
+def _sides(images:list[np.ndarray], cols:int) -> tuple[np.ndarray, np.ndarray]:
+    "Height of each row and width of each column, if the longer side of every picture is 1."
+    sides = np.zeros((-(-len(images) // cols) * cols, 2)) # 0 where the last row has no picture
+    sides[:len(images)] = [image.shape[:2] for image in images] # (N, 2)
+    sides /= sides.max(1, keepdims=True).clip(min=1)
+    sides = sides.reshape(-1, cols, 2)
+    return sides[..., 0].max(1), sides[..., 1].max(0)
+
+# %% ../nbs/appendix/viz.ipynb #5ab0c1d1
 def show_images(
     images, # pictures: tensors (3, H, W), arrays (H, W, 3) or PIL images
     titles:list[str]|None=None, # a line above each
     cols:int=4, # pictures in a row
-    size:float=2, # inches a picture
+    size:float=2, # inches of a picture's longer side
 ) -> Figure: # the figure
-    "Draw pictures in a grid, without axes."
-    images = list(images)
+    "Draw pictures in a grid, close together whatever their shape, without axes."
+    images = [_array(image) for image in images]
+    lines = [fill(title, int(size * 13)) for title in titles or []]
+    above = .08 + .14 * max(line.count("\n") + 1 for line in lines) if lines else 0 # inches
     cols = min(cols, len(images))
-    rows = -(-len(images) // cols)
-    fig, axes = plt.subplots(rows, cols, figsize=(cols * size, rows * (size + 0.25)), squeeze=False)
+    heights, widths = _sides(images, cols)
+    wide, high = (size * widths + .06).sum(), (size * heights + .06 + above).sum()
+    fig, axes = plt.subplots(len(heights), cols, figsize=(wide, high), squeeze=False,
+                             height_ratios=heights, width_ratios=widths, layout="constrained")
+    fig.get_layout_engine().set(w_pad=.03, h_pad=.03, wspace=0, hspace=0)
     for ax in axes.flat: ax.set_axis_off()
-    for i, (ax, image) in enumerate(zip(axes.flat, images)):
-        ax.imshow(_array(image), cmap="gray")
-        if titles is not None: ax.set_title(fill(titles[i], int(size * 13)), fontsize=8)
+    for ax, image in zip(axes.flat, images): ax.imshow(image, cmap="gray")
+    for ax, line in zip(axes.flat, lines): ax.set_title(line, fontsize=8)
     return fig
 
 # %% ../nbs/appendix/viz.ipynb #85be9db0
@@ -87,7 +101,9 @@ def bars(
     if lows is not None:
         error = np.stack([values - np.asarray(lows, float), ends - values]).clip(min=0)
         ax.errorbar(values, y, xerr=error, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
-    for v, e, k in zip(values, ends, y): ax.annotate(f"{v:.3f}", (max(e, v), k), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    for value, end, at in zip(values, ends, y):
+        ax.annotate(f"{value:.3f}", (max(end, value), at), (4, 0), textcoords="offset points",
+                    va="center", fontsize=8)
     ax.set_yticks(y, names)
     return ax
 
@@ -108,6 +124,6 @@ def heat(
     if not write: ax.figure.colorbar(shown, ax=ax)
     else:
         for (i, j), v in np.ndenumerate(matrix):
-            light = shown.norm(v) < 0.5
-            ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=8, color="white" if light else INK)
+            color = "white" if shown.norm(v) < 0.5 else INK
+            ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=8, color=color)
     return ax
