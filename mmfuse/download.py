@@ -31,6 +31,7 @@ from .files import MmfuseError, atomic
 
 # %% ../nbs/appendix/download.ipynb #df891e02
 OFFICIAL = "http://images.cocodataset.org"
+
 @dataclass(frozen=True)
 class Part:
     "One official zip."
@@ -39,6 +40,7 @@ class Part:
     md5: str|None # hex digits; None where nobody has published any
     unpacked: int # bytes, about
     folder: str # what it unpacks to
+
 PARTS = {
     "annotations": Part("annotations/annotations_trainval2017.zip", 252_907_541,
                         "f4bbac642086de4f52a3fdda2de5fa2c", 850_000_000, "annotations"),
@@ -51,9 +53,11 @@ PARTS = {
 # %% ../nbs/appendix/download.ipynb #fa9b10f4
 class DownloadError(MmfuseError):
     "Something that could not be fetched, or is not what it should be."
+
 class _Again(Exception):
     "A failure that another attempt may cure: a status, and why."
 
+# %% ../nbs/appendix/download.ipynb #d0a00002
 def _size(path:Path) -> int: # bytes, 0 if it is not there
     return path.stat().st_size if path.exists() else 0
 
@@ -64,6 +68,7 @@ def _md5(path:Path) -> str: # hex digits
 def _bar(progress:bool|None, **how): # a `tqdm`
     return tqdm(leave=False, disable=None if progress is None else not progress, **how)
 
+# %% ../nbs/appendix/download.ipynb #d0a00004
 def _request(url:str, have:int, etag:str, timeout:float): # the open response
     "Ask for the bytes from `have` on; `DownloadError` on what no repetition cures."
     head = {"User-Agent": "mmfuse", "Accept-Encoding": "identity"}
@@ -109,6 +114,22 @@ def _attempt(url:str, part:Path, size:int|None, timeout:float, bar):
     if total is not None and have < total:
         raise _Again(0, f"the line broke after {have} of {total} bytes")
 
+# %% ../nbs/appendix/download.ipynb #d0a00007
+def _disk(e:OSError, path:Path) -> str:
+    "One line about a disk that does not take what it should."
+    more = "; make room and call again, it goes on" if e.errno == errno.ENOSPC else ""
+    return f"cannot write '{path}': {e.strerror or e}{more}"
+
+def _accept(part:Path, path:Path, url:str, size:int|None, md5:str|None) -> Path:
+    "Rename the partial file if it is what it should be; delete it otherwise."
+    have, wrong = _size(part), ""
+    if size is not None and have != size: wrong = f"has {have} bytes and should have {size}"
+    elif md5 and (found := _md5(part)) != md5: wrong = f"has the MD5 {found} and should have {md5}"
+    part.with_name(part.name + ".etag").unlink(missing_ok=True)
+    if not wrong: os.replace(part, path); return path
+    part.unlink()
+    raise DownloadError(f"'{url}' {wrong}: it was deleted, call again or try another mirror")
+
 # %% ../nbs/appendix/download.ipynb #5b24289e
 def fetch(
     url:str, # http or https
@@ -140,21 +161,6 @@ def fetch(
             time.sleep(min(wait * 2 ** (failures - 1), 60))
     return _accept(part, path, url, size, md5)
 
-def _disk(e:OSError, path:Path) -> str:
-    "One line about a disk that does not take what it should."
-    more = "; make room and call again, it goes on" if e.errno == errno.ENOSPC else ""
-    return f"cannot write '{path}': {e.strerror or e}{more}"
-
-def _accept(part:Path, path:Path, url:str, size:int|None, md5:str|None) -> Path:
-    "Rename the partial file if it is what it should be; delete it otherwise."
-    have, wrong = _size(part), ""
-    if size is not None and have != size: wrong = f"has {have} bytes and should have {size}"
-    elif md5 and (found := _md5(part)) != md5: wrong = f"has the MD5 {found} and should have {md5}"
-    part.with_name(part.name + ".etag").unlink(missing_ok=True)
-    if not wrong: os.replace(part, path); return path
-    part.unlink()
-    raise DownloadError(f"'{url}' {wrong}: it was deleted, call again or try another mirror")
-
 # %% ../nbs/appendix/download.ipynb #fe157f66
 def _check_names(archive:zipfile.ZipFile, path:Path, folder:str) -> list[zipfile.ZipInfo]: # files
     "`DownloadError` if any name leads out of `folder`, or is no plain file."
@@ -166,28 +172,7 @@ def _check_names(archive:zipfile.ZipFile, path:Path, folder:str) -> list[zipfile
             raise DownloadError(f"'{path}' was not unpacked: {info.filename!r} is no plain file")
     return [info for info in archive.infolist() if not info.is_dir()]
 
-# %% ../nbs/appendix/download.ipynb #f6a38d8f
-def unzip(
-    path:str|Path, # a zip
-    root:str|Path, # where `folder` shall lie
-    folder:str, # the one folder that the zip may hold
-    progress:bool|None=None, # a bar: None for a terminal only
-) -> tuple[int, int]: # files, bytes
-    "Unpack aside, then rename; `DownloadError` on names that climb out, damage, a full disk."
-    path, root = Path(path), Path(root)
-    aside = root / f".{folder}.unpacking"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            files = _check_names(archive, path, folder)
-            _check_room(root, sum(i.file_size for i in files), f"to unpack '{path.name}'")
-            for info in _bar(progress, iterable=files, desc=f"unpacking {folder}"):
-                _unpack(archive, info, aside / info.filename)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as e:
-        raise DownloadError(f"'{path}' is no whole zip: {e}") from None
-    except OSError as e: raise DownloadError(_disk(e, aside)) from None
-    _move(aside, root, folder)
-    return len(files), sum(i.file_size for i in files)
-
+# %% ../nbs/appendix/download.ipynb #d0a0000a
 def _unpack(archive:zipfile.ZipFile, info:zipfile.ZipInfo, target:Path):
     "One file, whole or not at all; one that an earlier call unpacked is left."
     if target.exists() and target.stat().st_size == info.file_size: return
@@ -214,12 +199,35 @@ def _check_room(root:Path, need:int, what:str):
         raise DownloadError(f"'{there}' has {free / 1e9:.1f} GB free, and {need / 1e9:.1f} GB are "
                             f"needed {what}: make room, or choose another place")
 
+# %% ../nbs/appendix/download.ipynb #f6a38d8f
+def unzip(
+    path:str|Path, # a zip
+    root:str|Path, # where `folder` shall lie
+    folder:str, # the one folder that the zip may hold
+    progress:bool|None=None, # a bar: None for a terminal only
+) -> tuple[int, int]: # files, bytes
+    "Unpack aside, then rename; `DownloadError` on names that climb out, damage, a full disk."
+    path, root = Path(path), Path(root)
+    aside = root / f".{folder}.unpacking"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = _check_names(archive, path, folder)
+            _check_room(root, sum(i.file_size for i in files), f"to unpack '{path.name}'")
+            for info in _bar(progress, iterable=files, desc=f"unpacking {folder}"):
+                _unpack(archive, info, aside / info.filename)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as e:
+        raise DownloadError(f"'{path}' is no whole zip: {e}") from None
+    except OSError as e: raise DownloadError(_disk(e, aside)) from None
+    _move(aside, root, folder)
+    return len(files), sum(i.file_size for i in files)
+
 # %% ../nbs/appendix/download.ipynb #d63a3009
 def _content(folder:Path) -> tuple[int, int]: # files, bytes
     "What a folder holds."
     if not folder.is_dir(): return 0, 0
     sizes = [e.stat().st_size for e in os.scandir(folder) if e.is_file()]
     return len(sizes), sum(sizes)
+
 def is_there(
     root:str|Path, # a folder in COCO's layout
     name:str, # a name in `PARTS`
@@ -241,6 +249,19 @@ def check_parts(
     if names and not wrong: return names
     raise DownloadError(f"no part is called '{wrong[0] if wrong else only}'; "
                         f"there are: {', '.join(PARTS)}")
+
+# %% ../nbs/appendix/download.ipynb #d0a0000c
+def _zip(root:Path, name:str) -> Path: return root / Path(PARTS[name].where).name
+
+def _room(root:Path, missing:list[str]) -> int: # bytes
+    "All of them unpacked, and the largest zip that is still to come: zips are deleted one by one."
+    def rest(name):
+        zipped = _zip(root, name)
+        part = zipped.with_name(f".{zipped.name}.part")
+        return PARTS[name].size - max(_size(zipped), _size(part))
+    return sum(PARTS[n].unpacked for n in missing) + max(map(rest, missing))
+
+# %% ../nbs/appendix/download.ipynb #d0a0000d
 def download(
     root:str|Path, # becomes a folder in COCO's layout
     only:str|None=None, # parts, with commas between them; all if not given
@@ -261,15 +282,6 @@ def download(
         with atomic(root / f".{name}.json") as note: note.write_text(json.dumps(about))
         file.unlink()
     return missing
-
-def _zip(root:Path, name:str) -> Path: return root / Path(PARTS[name].where).name
-def _room(root:Path, missing:list[str]) -> int: # bytes
-    "All of them unpacked, and the largest zip that is still to come: zips are deleted one by one."
-    def rest(name):
-        zipped = _zip(root, name)
-        part = zipped.with_name(f".{zipped.name}.part")
-        return PARTS[name].size - max(_size(zipped), _size(part))
-    return sum(PARTS[n].unpacked for n in missing) + max(map(rest, missing))
 
 # %% ../nbs/appendix/download.ipynb #87246e50
 _MINI = """\
@@ -304,6 +316,7 @@ _MINI = """\
  377575 386912 402433 403353 403385 404484 407574 417285 423617 434204 435081 456496 458045 460229
  463690 475732 488673 502136 511599 519208 520707 544605 555009 568290
 -: 58636 64574 226111"""
+
 def mini() -> tuple[list[int], dict[int, int]]: # ids, and the fold of each labelled picture
     "The named subset `mini` of val2017: 430 pictures, 427 of them in five folds."
     lines = [line.split(":") for line in _MINI.replace("\n ", " ").split("\n")]
@@ -321,13 +334,17 @@ def _cut(full:Path, ids:set) -> dict:
         raise DownloadError(f"picture {first} is not in '{full.name}'")
     notes = [a for a in content["annotations"] if a["image_id"] in ids]
     return {**content, "images": images, "annotations": notes}
+
 def _first(full:Path, n:int) -> list[int]:
     "The `n` lowest ids of an annotation file."
     return sorted(i["id"] for i in json.loads(full.read_text(encoding="utf-8"))["images"])[:n]
+
 def _same(there:Path, ids:set):
     "`DownloadError` if a file cut by an earlier call has other pictures."
     if there.exists() and {i["id"] for i in json.loads(there.read_text())["images"]} != ids:
         raise DownloadError(f"'{there}' has other pictures: choose another --root, or delete it")
+
+# %% ../nbs/appendix/download.ipynb #d0a0000f
 def _picture(url:str, path:Path, how:dict) -> str: # what went wrong, or nothing
     "Fetch one picture, if it is not there."
     try:
@@ -336,6 +353,7 @@ def _picture(url:str, path:Path, how:dict) -> str: # what went wrong, or nothing
         if begins != b"\xff\xd8": path.unlink(); return f"'{url}' is no JPEG"
     except DownloadError as e: return str(e)
     return ""
+
 def _pictures(urls:list[str], folder:Path, at_once:int, progress:bool|None, how:dict):
     "Fetch many at once; `DownloadError` if one is missing. An interrupt ends it at once."
     with ThreadPoolExecutor(at_once) as pool:
