@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -41,8 +42,8 @@ def _remove(path: Path):
 @contextmanager
 def atomic(
     path:str|Path, # the file or folder to be made or replaced; its parents are made
-):
-    "Yield a temporary path beside `path` that takes its place on success and vanishes on any failure."
+) -> Iterator[Path]: # where to write
+    "A temporary path beside `path`, which takes its place on success and vanishes on any failure."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -73,12 +74,15 @@ def check_output(
     return path
 
 # %% ../nbs/appendix/files.ipynb #e5df2afd
-def _commit() -> str: # a short hash, with `+` when the checkout was changed, or the version of an installed package
-    "What code this is."
+def _commit() -> str:
+    "A short hash, with `+` if the checkout was changed; or the version of an installed package."
     here = Path(find_spec("mmfuse").origin).parent
     def git(*args):
-        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
+        command = ["git", "-C", here, *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        changed = git("status", "--porcelain", "--", "*.py")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError): return version("mmfuse")
 
 # %% ../nbs/appendix/files.ipynb #5617d3c5
