@@ -47,6 +47,11 @@ def _mine(n:int, settings:Settings, accelerator:Accelerator) -> list[tuple[Tenso
     parts = shares(n, accelerator.num_processes * settings.accumulate)
     return parts[accelerator.process_index * settings.accumulate:][:settings.accumulate]
 
+def _piece(y:Tensor, img:Tensor, txt:Tensor, mask:Tensor, shown:tuple, share:float) -> Piece:
+    "A piece whose model sees what is shown: the picture, the text or both; `None` is hidden."
+    inputs = [x if seen else None for x, seen in zip((img, txt), shown)]
+    return Piece(y, (*inputs, mask), share)
+
 # %% ../nbs/appendix/feeds.ipynb #2ad0a3dc
 def fingerprint(
     tokens:Tokens, # of N pictures
@@ -79,16 +84,15 @@ class TokenFeed:
         start:int=0, # the first batch
     ) -> Iterator[Work]:
         "An epoch's batches. The state is that after the batch that came last."
-        s, device = self.settings, self.accelerator.device
+        s, device, one = self.settings, self.accelerator.device, torch.ones(1)
         if not start: self.plan = list(batches(len(self.tokens), s.batch_size, self.chance))
         for rows in self.plan[start:]:
             captions = choose_captions(self.tokens, rows, generator=self.chance)
-            shown = hide_modality(torch.ones(1), torch.ones(1), s.modality_dropout, self.chance)
-            pieces = []
+            both = hide_modality(one, one, s.modality_dropout, self.chance)
+            shown, pieces = [x is not None for x in both], []
             for places, share in _mine(len(rows), s, self.accelerator):
                 img, txt, mask, y = take(self.tokens, rows[places], captions[places], device)
-                inputs = [x if seen is not None else None for x, seen in zip((img, txt), shown)]
-                pieces.append(Piece(y, (*inputs, mask), share))
+                pieces.append(_piece(y, img, txt, mask, shown, share))
             yield Work(self.tokens.image_id[rows.numpy()].tolist(), pieces)
 
     def tensors(self) -> dict[str, Tensor]: # the state
@@ -106,16 +110,17 @@ class TokenFeed:
 
 # %% ../nbs/appendix/feeds.ipynb #f3e90f2b
 class _Plan(Sampler):
-    "This process's parts of each batch of an epoch, as keys `(epoch, row)`; an empty part has one key, and share 0."
+    """This process's parts of each batch of an epoch, as keys `(epoch, row)`.
+
+    An empty part has one key, and share 0."""
     def __init__(self, dataset, settings:Settings, accelerator:Accelerator):
-        self.dataset, self.settings, self.accelerator, self.at = dataset, settings, accelerator, (0,
-            0)
+        self.dataset, self.settings, self.accelerator = dataset, settings, accelerator
+        self.at = 0, 0 # epoch and first batch
 
     def batches(self) -> Iterator[np.ndarray]: # rows of each batch, from the one where it stands
-        epoch, start = self.at
-        rng, size = np.random.default_rng([self.settings.seed, epoch]), self.settings.batch_size
-        order = self.dataset.order(rng) if hasattr(self.dataset,
-                                                   "order") else rng.permutation(len(self.dataset))
+        (epoch, start), data, size = self.at, self.dataset, self.settings.batch_size
+        rng = np.random.default_rng([self.settings.seed, epoch])
+        order = data.order(rng) if hasattr(data, "order") else rng.permutation(len(data))
         for b in range(start * size, len(order), size): yield order[b:b + size]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -131,61 +136,28 @@ def _shown(settings:Settings, epoch:int, batch:int) -> list[bool]: # image, text
     return [seen is not None for seen in hide_modality(x, x, settings.modality_dropout, g)]
 
 # %% ../nbs/appendix/feeds.ipynb #21340c04
-class PictureFeed:
-    "Batches of pictures and captions, for training end to end: a function of seed, epoch and number, with no state."
-    def __init__(self,
-        dataset, # `CocoPairs`, `ShardPairs`, or anything whose items are `Sample`s, with `labels` and `image_ids`
-        image:ImageEncoder, # whose transform is used
-        text:TextEncoder, # whose tokenizer is used
-        settings:Settings, # batch size, seed, modality dropout, workers
-        accelerator:Accelerator, # which process this is, and where tensors go
-    ):
-        self.dataset, self.image, self.settings, self.accelerator = dataset, image, settings, accelerator
-        self.labels, self.together = dataset.labels, partial(collate, transform=None,
-                                                             tokenizer=text.tokenizer)
-        self.plan = _Plan(dataset, settings, accelerator)
-        self.key = hashlib.sha256(f"{dataset.key} {image.key} {text.key}".encode()).hexdigest()[:16]
-        self.loader = self._loader(image.transform(train=True), "random", self.plan)
+class _Reader:
+    "Pictures and captions of a dataset as tensors for two encoders, on this process's device."
+    def __init__(self, dataset, image:ImageEncoder, text:TextEncoder, settings:Settings, device):
+        self.dataset, self.image, self.settings, self.device = dataset, image, settings, device
+        self.together = partial(collate, transform=None, tokenizer=text.tokenizer)
 
-    def __len__(self) -> int: return len(self.dataset)
+    def loader(self, keys, train:bool) -> DataLoader: # of `Batch`, one for each list of keys
+        "With a random crop and caption, or as a validation sees them: no crop, the first caption."
+        s, transform, caption = self.settings, self.image.transform(train), "random" if train else 0
+        if s.workers: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return DataLoader(_Drawn(self.dataset, transform, s.seed, caption),
+                          batch_sampler=keys, collate_fn=self.together,
+                          num_workers=s.workers, persistent_workers=s.workers > 0,
+                          pin_memory=torch.cuda.is_available(),
+                          generator=torch.Generator()) # not the global one
 
-    def _loader(self, transform, caption, batches) -> DataLoader: # of `Batch`
-        if self.settings.workers: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        return DataLoader(_Drawn(self.dataset, transform, self.settings.seed, caption),
-                          batch_sampler=batches, collate_fn=self.together,
-                          num_workers=self.settings.workers, pin_memory=torch.cuda.is_available(),
-                          generator=torch.Generator(), # not the global one
-                          persistent_workers=self.settings.workers > 0)
+    def move(self, batch:Batch) -> Batch: return batch.to(self.device, non_blocking=True)
 
-    def epoch(self,
-        epoch:int, # from 0
-        start:int=0, # the first batch
-    ) -> Iterator[Work]:
-        "An epoch's batches; those before `start` are not read."
-        s, self.plan.at = self.settings, (epoch, start)
-        loader = iter(self.loader)
-        for b, rows in enumerate(self.plan.batches(), start):
-            shown, pieces = _shown(s, epoch, b), []
-            for _, share in _mine(len(rows), s, self.accelerator):
-                batch = next(loader).to(self.accelerator.device, non_blocking=True)
-                pieces.append(Piece(batch.labels, (batch.image if shown[0] else None,
-                                                   batch.input_ids if shown[1] else None,
-                                                   batch.mask), share))
-            yield Work([self.dataset.image_ids[int(i)] for i in rows], pieces)
-
-    def _in_order(self, start:int, stop:int, size:int=64) -> Iterator[Batch]: # on the device
-        "Rows as a validation sees them: no random crop, the first caption."
+    def in_order(self, start:int, stop:int, size:int=64) -> Iterator[Batch]:
+        "Some rows, as a validation sees them."
         keys = [[(0, i) for i in range(b, min(b + size, stop))] for b in range(start, stop, size)]
-        for batch in self._loader(self.image.transform(train=False), 0, keys):
-            yield batch.to(self.accelerator.device, non_blocking=True)
-
-    def start(self, model:nn.Module): _set_scale(model, self._in_order(0, min(256, len(self))))
-    def tensors(self) -> dict[str, Tensor]: return {}
-    def restore(self, tensors:dict[str, Tensor]): pass
-
-    def logits(self, model:nn.Module, start:int, stop:int) -> Tensor: # (n, C), on the CPU
-        "Predictions for some rows, from the first caption."
-        return _predict(model, self._in_order(start, stop))
+        return map(self.move, self.loader(keys, train=False))
 
 # %% ../nbs/appendix/feeds.ipynb #f496fa80
 @torch.no_grad()
@@ -193,13 +165,12 @@ def _set_scale(model:nn.Module, some:Iterator[Batch]):
     "Give a head that asks for it the scale of its inputs."
     if not hasattr(model.head, "set_statistics"): return
     model.eval()
-    img, txt, mask = zip(*((model.image(b.image), model.text(b.input_ids, b.mask),
-                            b.mask) for b in some))
-    longest = max(m.shape[1] for m in mask)
-    def pad(x): # (N, T, ...)
-        return torch.cat([nn.functional.pad(t, [0, 0] * (t.ndim - 2) + [0,
-            longest - t.shape[1]]) for t in x])
-    model.head.set_statistics(torch.cat(img), pad(txt), pad(mask))
+    rows = [(model.image(b.image), model.text(b.input_ids, b.mask), b.mask) for b in some]
+    longest = max(mask.shape[1] for *_, mask in rows)
+    def pad(x): # (b, t, ...) to (b, T, ...)
+        return nn.functional.pad(x, [0, 0] * (x.ndim - 2) + [0, longest - x.shape[1]])
+    img, txt, mask = zip(*((img, pad(txt), pad(mask)) for img, txt, mask in rows))
+    model.head.set_statistics(torch.cat(img), torch.cat(txt), torch.cat(mask))
 
 @torch.no_grad()
 def _predict(model:nn.Module, some:Iterator[Batch]) -> Tensor: # (n, C)
@@ -209,6 +180,48 @@ def _predict(model:nn.Module, some:Iterator[Batch]) -> Tensor: # (n, C)
     out = [model(b.image, b.input_ids, b.mask).float().cpu() for b in some]
     model.train(training)
     return torch.cat(out)
+
+# %% ../nbs/appendix/feeds.ipynb #fe00000a
+class PictureFeed:
+    "Pictures and captions, to train end to end: a function of seed, epoch and batch, no state."
+    def __init__(self,
+        dataset, # of `Sample`s, with `labels` and `image_ids`: `CocoPairs` or `ShardPairs`
+        image:ImageEncoder, # whose transform is used
+        text:TextEncoder, # whose tokenizer is used
+        settings:Settings, # batch size, seed, modality dropout, workers
+        accelerator:Accelerator, # which process this is, and where tensors go
+    ):
+        self.dataset, self.labels, self.settings = dataset, dataset.labels, settings
+        self.accelerator, self.plan = accelerator, _Plan(dataset, settings, accelerator)
+        self.reader = _Reader(dataset, image, text, settings, accelerator.device)
+        self.loader = self.reader.loader(self.plan, train=True)
+        self.key = hashlib.sha256(f"{dataset.key} {image.key} {text.key}".encode()).hexdigest()[:16]
+
+    def __len__(self) -> int: return len(self.dataset)
+
+    def epoch(self,
+        epoch:int, # from 0
+        start:int=0, # the first batch
+    ) -> Iterator[Work]:
+        "An epoch's batches; those before `start` are not read."
+        self.plan.at = epoch, start
+        loader = map(self.reader.move, self.loader)
+        for b, rows in enumerate(self.plan.batches(), start):
+            shown, pieces = _shown(self.settings, epoch, b), []
+            for _, share in _mine(len(rows), self.settings, self.accelerator):
+                x = next(loader)
+                pieces.append(_piece(x.labels, x.image, x.input_ids, x.mask, shown, share))
+            yield Work([self.dataset.image_ids[int(i)] for i in rows], pieces)
+
+    def start(self, model:nn.Module):
+        _set_scale(model, self.reader.in_order(0, min(256, len(self))))
+
+    def tensors(self) -> dict[str, Tensor]: return {}
+    def restore(self, tensors:dict[str, Tensor]): pass
+
+    def logits(self, model:nn.Module, start:int, stop:int) -> Tensor: # (n, C), on the CPU
+        "Predictions for some rows, from the first caption."
+        return _predict(model, self.reader.in_order(start, stop))
 
 # %% ../nbs/appendix/feeds.ipynb #5e18221c
 class EndToEnd(nn.Module):
@@ -254,9 +267,9 @@ def groups_of(
 ) -> list[dict]: # for a torch optimizer; `rate` is the largest learning rate
     "All parameters that learn, in groups with their rates, decays and beginnings."
     s = settings
-    groups = [dict(g, rate=s.lr, begin=0) for g in decay_groups(getattr(model, "head",
-        model) if s.end_to_end else model, s.weight_decay)]
+    head = model.head if s.end_to_end else model
+    groups = [dict(g, rate=s.lr, begin=0) for g in decay_groups(head, s.weight_decay)]
     for encoder in (model.image, model.text) if s.end_to_end else ():
-        groups += [dict(g, rate=g["lr"], begin=s.head_epochs) for g in parameter_groups(encoder,
-            s.lr * s.encoder_lr, weight_decay=s.weight_decay)]
+        own = parameter_groups(encoder, s.lr * s.encoder_lr, weight_decay=s.weight_decay)
+        groups += [dict(g, rate=g["lr"], begin=s.head_epochs) for g in own]
     return [g for g in groups if g["params"]]
