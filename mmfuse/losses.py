@@ -21,7 +21,8 @@ def _checked(
 ) -> tuple[Tensor, Tensor]: # both at least float32
     "Logits and labels of one shape, in a precision in which a sum over them is safe."
     if logits.shape != y.shape:
-        raise LossError(f"logits are {tuple(logits.shape)} and labels {tuple(y.shape)}: both must be (B, C), one 0 or 1 for each class")
+        raise LossError(f"logits are {tuple(logits.shape)} and labels {tuple(y.shape)}: "
+                        "both must be (B, C), one 0 or 1 for each class")
     if logits.dtype in (torch.float16, torch.bfloat16): logits = logits.float()
     return logits, y.to(logits.dtype)
 
@@ -31,7 +32,8 @@ def _reduced(
     reduction:str, # "mean", "sum" or "none"
 ) -> Tensor: # () or (B, C)
     "The mean over all elements, their sum, or all of them."
-    if reduction not in ("mean", "sum", "none"): raise LossError(f"reduction is '{reduction}': expected mean, sum or none")
+    if reduction not in ("mean", "sum", "none"):
+        raise LossError(f"reduction is '{reduction}': expected mean, sum or none")
     return loss if reduction == "none" else getattr(loss, reduction)()
 
 # %% ../nbs/07_losses.ipynb #b7faef54
@@ -68,15 +70,17 @@ def asymmetric(
     gamma_neg:float=4.0, # how fast easy negatives fade
     gamma_pos:float=1.0, # how fast easy positives fade
     clip:float=0.05, # negatives below this probability cost nothing
-    detach:bool=False, # let no gradient through the fading weights, as the published training code does
+    detach:bool=False, # no gradient through the fading weights, as in the published training code
     reduction:str="mean", # over all elements; or "sum", as in the published code, or "none"
 ) -> Tensor: # (), or (B, C)
-    "Asymmetric loss (Ridnik et al. 2021), equations 4 to 7; all three numbers 0: binary cross-entropy."
+    "Asymmetric loss (Ridnik et al. 2021), equations 4 to 7; all three numbers 0: `bce`."
     logits, y = _checked(logits, y)
     if min(gamma_neg, gamma_pos, clip) < 0 or clip >= 1:
-        raise LossError(f"gamma_neg={gamma_neg}, gamma_pos={gamma_pos}, clip={clip}: none below 0, clip below 1")
+        raise LossError(f"gamma_neg={gamma_neg}, gamma_pos={gamma_pos}, clip={clip}: "
+                        "none below 0, clip below 1")
     log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits) # log p and log (1 - p), (B, C)
-    fade_pos, fade_neg = torch.exp(gamma_pos * log_q), torch.exp(gamma_neg * log_p) # (1 - p)^gamma, p^gamma
+    fade_pos = torch.exp(gamma_pos * log_q) # (1 - p)^gamma
+    fade_neg = torch.exp(gamma_neg * log_p) # p^gamma
     if clip:
         p = log_p.exp()
         log_q = torch.log((1 - p + clip).clamp(max=1)) # log (1 - p_m), p_m = max(p - clip, 0)
@@ -93,7 +97,7 @@ def focal(
     alpha:float|None=None, # weight of positives, 1 - alpha of negatives; default: none
     reduction:str="mean", # over all elements; or "sum", "none"
 ) -> Tensor: # (), or (B, C)
-    "Focal loss (Lin et al. 2017), equation 5 with `alpha`, 4 without; gamma 0: binary cross-entropy."
+    "Focal loss (Lin et al. 2017), equation 5 with `alpha`, 4 without; gamma 0: `bce`."
     loss = asymmetric(logits, y, gamma_neg=gamma, gamma_pos=gamma, clip=0, reduction="none")
     if alpha is not None: loss = loss * (alpha * y + (1 - alpha) * (1 - y))
     return _reduced(loss, reduction)
