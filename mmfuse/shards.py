@@ -41,7 +41,7 @@ def _members(dataset, i:int) -> list[tuple[str, bytes]]: # file names and conten
 # %% ../nbs/appendix/shards.ipynb #266c2b51
 def write_shard(
     path:Path, # a tar file, replaced at once
-    dataset, # `CocoPairs`, or anything with `path(i)`, `captions`, `labels`, `image_ids`, `category_ids`
+    dataset, # `CocoPairs`, or what else has its attributes and `path(i)`
     rows:Sequence[int], # which pictures go in, in this order
 ):
     "One tar in WebDataset's layout: whole or absent."
@@ -57,8 +57,10 @@ def write_shard(
                           f"command again; finished shards are kept") from None
 
 # %% ../nbs/appendix/shards.ipynb #71817163
-def _scan(path:Path) -> list[dict]: # in order: image_id, categories, captions' digest, and where picture and JSON lie
-    "What a shard holds; `CocoError` if it is no shard."
+def _scan(path:Path) -> list[dict]:
+    """What a shard holds, in order; `CocoError` if it is no shard.
+
+    Of each sample: image_id, categories, the JSON's digest; offset and size of picture and JSON."""
     found: dict[str, dict] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -80,6 +82,19 @@ def _scan(path:Path) -> list[dict]: # in order: image_id, categories, captions' 
     return list(found.values())
 
 # %% ../nbs/appendix/shards.ipynb #fdfe2289
+def _columns(rows:list[dict], first:list[int], category_ids:list[int]) -> dict[str, np.ndarray]:
+    "The arrays of an index, from what the scans found; `first` is each shard's first row."
+    place = {c: n for n, c in enumerate(category_ids)}
+    labels = np.zeros((len(rows), len(category_ids)), bool)
+    for n, row in enumerate(rows): labels[n, [place[c] for c in row["categories"]]] = True
+    def of_both(j:int, dtype) -> np.ndarray: # (N, 2): picture, JSON
+        values = [[row[kind][j] for kind in ("picture", "json")] for row in rows]
+        return np.array(values, dtype).reshape(-1, 2)
+    ids = np.array([row["image_id"] for row in rows], np.int64)
+    return dict(ids=ids, first=np.array(first, np.int64), at=of_both(0, np.int64),
+                size=of_both(1, np.int32), labels=np.packbits(labels, axis=1))
+
+# %% ../nbs/appendix/shards.ipynb #5a000005
 def write_index(
     folder:Path, # holds the tars of one split
     classes:list[str], # C names
@@ -87,26 +102,18 @@ def write_index(
     *,
     progress:bool=True, # a bar in the terminal
 ) -> Path: # the index
-    "Where each picture of a folder of shards lies, and its labels: 46 bytes a picture and 80 categories."
-    paths, place = sorted(folder.glob("*.tar")), {c: n for n, c in enumerate(category_ids)}
-    rows, first, digest = [], [0], hashlib.sha256(json.dumps(classes).encode())
+    "Where each picture of a folder of shards lies, and its labels; 42 bytes where C is 80."
+    paths, rows, first = sorted(folder.glob("*.tar")), [], [0]
     for path in tqdm(paths, desc="index", unit="shard", disable=not progress):
         rows += _scan(path)
         first.append(len(rows))
-    labels = np.zeros((len(rows), len(classes)), bool)
-    for n, row in enumerate(rows):
-        labels[n, [place[c] for c in row["categories"]]] = True
-        digest.update(row["digest"] + str(row["picture"][1]).encode())
-    at, size = (np.array([[row[k][j] for k in ("picture", "json")] for row in rows]).reshape(-1,
-        2) for j in (0, 1))
-    arrays = dict(ids=np.array([row["image_id"] for row in rows], np.int64),
-                  first=np.array(first, np.int64), at=at.astype(np.int64),
-                  size=size.astype(np.int32), labels=np.packbits(labels, axis=1))
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    for row in rows: digest.update(row["digest"] + str(row["picture"][1]).encode())
     about = dict(classes=classes, category_ids=category_ids,
                  shards=[[p.name, p.stat().st_size] for p in paths], key=digest.hexdigest()[:16])
     try:
         with atomic(folder / "index.safetensors") as part:
-            save_file(arrays, part, metadata={"mmfuse": json.dumps(about)})
+            save_file(_columns(rows, first, category_ids), part, {"mmfuse": json.dumps(about)})
     except (OSError, SafetensorError) as e:
         raise MmfuseError(f"cannot write '{folder / 'index.safetensors'}' ({e}): make room and run "
                           f"the same command again") from None
@@ -122,11 +129,11 @@ def _done(path:Path, dataset, rows:Sequence[int]) -> bool: # whether this shard 
 
 # %% ../nbs/appendix/shards.ipynb #f7308d88
 def make_shards(
-    dataset, # `CocoPairs`, or anything with `path(i)`, `captions`, `labels`, `image_ids`, `category_ids`, `classes`
+    dataset, # `CocoPairs`, or what else has its attributes and `path(i)`
     folder:str|Path, # where the split's tars go: ROOT/SPLIT
     *,
     per_shard:int=1000, # pictures in a tar
-    part:tuple[int, int]|None=None, # (k, n): only every n-th shard, from the k-th on, counted from 1; no index
+    part:tuple[int, int]|None=None, # (k, n): every n-th shard from the k-th on, k from 1; no index
     seed:int=0, # of the order in which pictures go into shards
     progress:bool=True, # a bar in the terminal
 ) -> list[Path]: # the tars that were written now
@@ -178,7 +185,8 @@ class _Tars:
         number = int(self.index["ids"][i])
         try: data = _pread(self.handle(shard), size, at)
         except OSError as e:
-            raise CocoError(f"picture {number}: cannot read '{self.name(shard)}': {e.strerror}") from None
+            reason = f"cannot read '{self.name(shard)}': {e.strerror}"
+            raise CocoError(f"picture {number}: {reason}") from None
         if len(data) != size:
             raise CocoError(f"picture {number}: '{self.name(shard)}' ends too early: copy it again")
         return data
@@ -198,8 +206,8 @@ class ShardPairs(Dataset):
         "`CocoError` if there is no index, or a tar is not the one that was indexed."
         self.tars = _Tars(Path(root) / split)
         about = self.tars.about
-        self.classes, self.category_ids, self.key = (about[k] for k in ("classes", "category_ids",
-            "key"))
+        self.classes, self.category_ids = about["classes"], about["category_ids"]
+        self.key = about["key"]
         self.image_ids = self.tars.index["ids"].tolist()
 
     @property
@@ -211,8 +219,8 @@ class ShardPairs(Dataset):
     def __getitem__(self, i:int) -> Sample:
         "Decode picture `i`; `CocoError` names its id and its shard if that fails."
         i = range(len(self))[i]
-        image = decode_bytes(self.tars.read(i, 0), f"{self.image_ids[i]:012} of "
-                             f"'{self.tars.folder}'")
+        name = f"{self.image_ids[i]:012} of '{self.tars.folder}'"
+        image = decode_bytes(self.tars.read(i, 0), name)
         labels = self.tars.labels(i, len(self.classes))[0]
         return Sample(image, self.tars.said(i), labels, self.image_ids[i])
 
@@ -241,5 +249,5 @@ def open_pairs(
     split:str, # train2017, say
 ) -> CocoPairs|ShardPairs:
     "A split's pairs, from shards where there is an index, else from COCO's files."
-    return (ShardPairs if (Path(root) / split / "index.safetensors").exists() else CocoPairs)(root,
-        split)
+    sharded = (Path(root) / split / "index.safetensors").exists()
+    return ShardPairs(root, split) if sharded else CocoPairs(root, split)
