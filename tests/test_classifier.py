@@ -1,10 +1,8 @@
-"""Your own data and the classifier: what is written is what was given, and every way of asking gives one answer."""
+"""The classifier: every way of asking gives one answer."""
 
 import csv
-import json
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,113 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_own_data import CLASSES, picture, shop  # noqa: F401 (fixtures)
 
-from mmfuse.classifier import MultimodalClassifier, answer_table, coco_from_csv, coco_from_folder
+from mmfuse.classifier import MultimodalClassifier, answer_table
 from mmfuse.data import CocoError, CocoPairs
 from mmfuse.files import MmfuseError
 from mmfuse.fusion import HEADS
-
-CLASSES = ["a dog", "cat", "lamp"]
-
-
-def picture(path, colour=(200, 30, 30), size=(40, 30)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    "A table of 20 pictures with two captions each, and the COCO folder made of it."
-    folder = tmp_path_factory.mktemp("shop")
-    rows = []
-    for i in range(20):
-        picture(folder / "pictures" / f"{i}.png", colour=(12 * i, 255 - 12 * i, 90))
-        labels = [CLASSES[i % 3]] + (["lamp"] if i % 5 == 0 else [])
-        rows += [dict(image=f"pictures/{i}.png", caption=f"caption {k} of picture {i}", labels="; ".join(labels)) for k in (1, 2)]
-    with open(folder / "shop.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows[::2] + rows[1::2])
-    coco_from_csv(folder / "shop.csv", folder / "coco", seed=1)
-    return folder
-
-
-def test_rows_of_a_picture_stay_together_and_nothing_is_lost(shop):
-    train, val = (CocoPairs(shop / "coco", s) for s in ("train", "val"))
-    assert (len(train), len(val)) == (16, 4) and train.classes == val.classes == sorted(CLASSES)
-    for ds in (train, val):
-        for i in range(len(ds)):
-            number = int(ds.captions[i][0].split()[-1])
-            assert Counter(ds.captions[i]) == Counter([f"caption {k} of picture {number}" for k in (1, 2)])
-            assert {c for c, y in zip(ds.classes, ds[i].labels) if y} == {CLASSES[number % 3]} | ({"lamp"} if number % 5 == 0 else set())
-            assert ds[i].image[0, 0, 0] == 12 * number
-
-
-def test_pycocotools_reads_it(shop):
-    from pycocotools.coco import COCO
-    theirs, ours = COCO(shop / "coco" / "annotations" / "instances_val.json"), CocoPairs(shop / "coco", "val")
-    for i, labels in zip(ours.image_ids, ours.labels):
-        names = {theirs.loadCats(a["category_id"])[0]["name"] for a in theirs.loadAnns(theirs.getAnnIds(imgIds=i))}
-        assert names == {c for c, y in zip(ours.classes, labels) if y}
-
-
-def test_the_split_is_the_seeds(shop, tmp_path):
-    ids = [[c[0] for c in CocoPairs(coco_from_csv(shop / "shop.csv", tmp_path / str(n), seed=s), "val").captions] for n, s in enumerate((1, 1, 2))]
-    assert ids[0] == ids[1] != ids[2]
-
-
-def test_a_caption_of_two_lines_is_one_caption(tmp_path):
-    for i in range(4):
-        picture(tmp_path / f"{i}.png")
-    with open(tmp_path / "t.csv", "w", newline="") as f:
-        csv.writer(f).writerows([("image", "caption", "labels"), *((f"{i}.png", f"{i}, the first line\nand a second", "cat") for i in range(4))])
-    coco_from_csv(tmp_path / "t.csv", tmp_path / "coco", val_share=0.25)
-    said = [a["caption"] for s in ("train", "val") for a in json.loads((tmp_path / "coco" / "annotations" / f"captions_{s}.json").read_text())["annotations"]]
-    assert sorted(said) == [f"{i}, the first line\nand a second" for i in range(4)]
-
-
-def test_a_folder_of_classes(tmp_path):
-    for k, name in enumerate(("lamp", "chair")):
-        for i in range(6):
-            picture(tmp_path / "in" / name / f"{i}.jpg")
-            (tmp_path / "in" / name / f"{i}.txt").write_text(f"a {name}\nnumber {i}\n\n")
-    root = coco_from_folder(tmp_path / "in", tmp_path / "out", val_share=.25)
-    train = CocoPairs(root, "train")
-    assert len(train) == 9 and train.classes == ["chair", "lamp"] and (train.labels.sum(1) == 1).all()
-    assert all(c[0] == f"a {train.classes[int(y.argmax())]}" for c, y in zip(train.captions, train.labels))
-
-
-def test_pictures_without_a_caption_are_counted(tmp_path):
-    for i in range(5):
-        picture(tmp_path / f"{i}.png")
-    (tmp_path / "t.csv").write_text("image,caption,labels\n" + "".join(f"{i}.png,{'a lamp' if i else ''},lamp\n" for i in range(5)))
-    with pytest.warns(UserWarning, match="1 of 5 pictures have no caption"):
-        coco_from_csv(tmp_path / "t.csv", tmp_path / "out")
-
-
-@pytest.mark.parametrize("text, says", [
-    ("", "missing: image, labels"),
-    ("image,caption\nred.png,x\n", "missing: labels"),
-    ("image,caption,labels\n,x,lamp\n", "row 2: no image"),
-    ("image,caption,labels\nred.png,x,lamp\ngone.png,x,lamp\n", "row 3: no picture"),
-    ("image,caption,labels\nred.png,x,lamp\n", "too few"),
-    ("image,caption,labels\nred.png,x,lamp\nblue.png,x,chair\n", "no training picture is left for"),
-    ("image,caption,labels\nred.png,x,lamp\nnone.png,x,lamp\n", "cannot decode"),
-    ("image,caption,labels\nred.png,\xff,lamp\n".encode("latin-1"), "cannot read"),
-])
-def test_a_bad_table_is_one_line_and_leaves_nothing(tmp_path, text, says):
-    picture(tmp_path / "red.png"), picture(tmp_path / "blue.png")
-    (tmp_path / "none.png").write_text("no picture")
-    (tmp_path / "t.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(CocoError, match=says) as e:
-        coco_from_csv(tmp_path / "t.csv", tmp_path / "out", val_share=.5)
-    assert "\n" not in str(e.value) and not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-
-
-def test_a_folder_in_use_is_not_written_over(shop):
-    with pytest.raises(CocoError, match="is not empty"):
-        coco_from_csv(shop / "shop.csv", shop / "coco")
-
 
 @pytest.fixture(scope="module")
 def model():
@@ -150,6 +47,31 @@ def test_a_picture_in_any_form_is_one_picture(model, tmp_path):
     forms = [tmp_path / "p.png", str(tmp_path / "p.png"), Image.fromarray(rng), rng, torch.tensor(rng).permute(2, 0, 1)]
     logits = model.logits(forms, None)
     torch.testing.assert_close(logits, logits[:1].expand_as(logits), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_picture_is_named(model):
+    flat = np.zeros((30, 40), dtype=np.uint8)
+    for wrong in (flat, torch.zeros(3, 20, 30), np.zeros((20, 30, 3)), 7):
+        with pytest.raises(MmfuseError, match="a picture is a path, a PIL image, or uint8 .3, H, W."):
+            model.logits([wrong], None)
+
+
+def test_an_array_with_its_channels_turned_round(model):
+    bgr = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    assert torch.equal(model.logits([bgr[..., ::-1]], None), model.logits([bgr[..., ::-1].copy()], None))
+
+
+@pytest.mark.parametrize("pictures, captions", [(Path("p.png"), None), ("p.png", None), (Image.new("RGB", (9, 9)), ["a lamp"]), (None, "a lamp")])
+def test_a_question_by_itself_is_one_line(model, pictures, captions):
+    with pytest.raises(MmfuseError, match="give lists of one length"):
+        model.predict(pictures, captions)
+
+
+def test_a_row_that_is_too_long_is_named(model, tmp_path):
+    (tmp_path / "q.csv").write_text("image,caption\n,a lamp\n,a lamp, red\n")
+    with pytest.raises(CocoError, match="row 3: more fields than the header"):
+        answer_table(model, tmp_path / "q.csv", tmp_path / "a.csv")
+    assert not (tmp_path / "a.csv").exists()
 
 
 def test_probabilities():

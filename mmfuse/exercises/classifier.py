@@ -16,32 +16,39 @@ from .verdict import checks
 def check_split(
     split_rows, # (images: list of n names, share, rng) -> bool (n,), True for rows that judge
 ) -> str|None: # what is not right yet
-    "No picture on both sides, and about as many pictures as asked for, also where rows a picture differ."
+    "No picture on both sides, about as many as asked for though rows differ, and drawn by `rng`."
     images = [f"{i:04d}.jpg" for i in range(500) for _ in range(1 + i % 5)]
     np.random.default_rng(1).shuffle(images)
+    ask = lambda share, seed: split_rows(list(images), share, np.random.default_rng(seed))
     for share in (.2, .5):
-        judge = np.asarray(split_rows(list(images), share, np.random.default_rng(0)))
-        if judge.shape != (len(images),) or judge.dtype != bool: return f"expected {len(images)} booleans, got {judge.dtype} {judge.shape}"
-        a, b = {i for i, j in zip(images, judge) if j}, {i for i, j in zip(images, judge) if not j}
+        judge = np.asarray(ask(share, 0))
+        if judge.shape != (len(images),) or judge.dtype != bool:
+            return f"expected {len(images)} booleans, got {judge.dtype} {judge.shape}"
+        a, b = ({i for i, j in zip(images, judge) if j == side} for side in (True, False))
         if a & b: return f"{len(a & b)} of 500 pictures have rows on both sides"
-        if abs(len(a) / 500 - share) > .07: return f"asked for {share:.0%} of the pictures, got {len(a) / 500:.0%}"
+        if abs(len(a) / 500 - share) > .07:
+            return f"asked for {share:.0%} of the pictures, got {len(a) / 500:.0%}"
+    if np.array_equal(judge, ask(share, 1)): return "the split is the same for another `rng`"
 
 # %% ../../nbs/solutions/13_your_own.ipynb #b859c9f4
 @checks("13.2", "Answers in the wrong order")
 def check_groups(
     answer_all, # (captions: list of str or None, ask: list -> list) -> list, an answer a question
 ) -> str|None: # what is not right yet
-    "Each answer at its question's place, and never both kinds in one call."
-    calls = []
-    def ask(captions):
-        calls.append({c is None for c in captions})
-        return [f"about {c}" for c in captions]
-    for captions in (["a", None, "b"], [None, "a"], ["a", "b"], [None]):
+    "Each answer at its question's place, never both kinds in one call, two calls a list at most."
+    for captions in (["a", None, "b"], [None, "a", None, "a"], ["a", "b"], [None]):
+        calls = []
+        def ask(part):
+            calls.append({c is None for c in part})
+            return [f"about {c}" for c in part]
         got = answer_all(list(captions), ask)
-        if any(len(kinds) > 1 for kinds in calls): return "one call has questions with and without a caption: a head takes None for a whole batch"
+        if any(len(kinds) > 1 for kinds in calls):
+            return ("one call has questions with and without a caption: a head takes None for a "
+                    "whole batch")
         want = [f"about {c}" for c in captions]
         if list(got) != want: return f"for {captions} expected {want}, got {list(got)}"
-    if len(calls) > 6: return f"{len(calls)} calls for four lists: ask in groups, not one by one"
+        if len(calls) > 2:
+            return f"{len(calls)} calls for {captions}: ask in groups, not one by one"
 
 # %% ../../nbs/solutions/13_your_own.ipynb #c9a132b0
 @checks("13.3", "The bias of a stranger")
@@ -50,10 +57,19 @@ def check_new_row(
 ) -> str|None: # what is not right yet
     "Old rows untouched, the new one constant at the mean bias."
     g = torch.Generator().manual_seed(0)
-    weight, bias, x = torch.randn(4, 7, generator=g), torch.randn(4, generator=g) - 3, torch.randn(9, 7, generator=g)
-    w, b = grow(weight.clone(), bias.clone())
-    if tuple(w.shape) != (5, 7) or tuple(b.shape) != (5,): return f"expected (5, 7) and (5,), got {tuple(w.shape)} and {tuple(b.shape)}"
-    out = x @ w.T + b
-    if not torch.allclose(out[:, :4], x @ weight.T + bias, atol=1e-5): return "the old classes answer differently than before"
-    if out[:, 4].std() > 1e-5: return f"the new class answers differently for different inputs (std {out[:, 4].std():.2f})"
-    if (out[0, 4] - bias.mean()).abs() > 1e-5: return f"the new class answers {out[0, 4]:.2f}; the mean bias is {bias.mean():.2f}"
+    weight, bias = torch.randn(4, 7, generator=g), torch.randn(4, generator=g) - 3
+    x = torch.randn(9, 7, generator=g)  # (B, D)
+    grown = grow(weight.clone(), bias.clone())
+    if not isinstance(grown, (tuple, list)) or len(grown) != 2:
+        return "expected two tensors, the weights and the biases"
+    w, b = grown
+    if tuple(w.shape) != (5, 7) or tuple(b.shape) != (5,):
+        return f"expected (5, 7) and (5,), got {tuple(w.shape)} and {tuple(b.shape)}"
+    out, mean = x @ w.T + b, bias.mean()  # (B, C + 1)
+    if not torch.allclose(out[:, :4], x @ weight.T + bias, atol=1e-5):
+        return "the old classes answer differently than before"
+    new = out[:, 4]
+    if new.std() > 1e-5:
+        return f"the new class answers differently for different inputs (std {new.std():.2f})"
+    if (new[0] - mean).abs() > 1e-5:
+        return f"the new class answers {new[0]:.2f}; the mean bias is {mean:.2f}"
