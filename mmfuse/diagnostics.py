@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .attention import MultiHeadAttention
+from .arms import Split, choose_settings, load_trial, pooled_image, train_arm
 from .data import CocoPairs
 from .files import MmfuseError, atomic, check_output, provenance
 from .fusion import HEADS
 from .feeds import EndToEnd
-from .ledger import Split, _load, choose_settings, pooled_image, train_arm
 from .losses import bce
 from .metrics import mean_average_precision, paired_bootstrap
 from .named import make_encoders, reading
@@ -380,7 +380,7 @@ def diagnose(
         reports = {about.arm: report([collect(model, tokens.subset(slice(0, n)), progress=progress)])}
     else:
         if not data: data, test_split = toy_coco(), None if folds else test_split or "val2017"
-        splits = _load(data, train_split, test_split, folds, None, dict(image=image_encoder, text=text_encoder), cache_dir, progress)[0]
+        splits = load_trial(data, train_split, test_split, folds, image_encoder=image_encoder, text_encoder=text_encoder, cache_dir=cache_dir, progress=progress).splits
         scored = reading(image_encoder).endswith("+names")
         reports = {arm: report([_judge(arm, s, n, scored, progress) for s in splits]) for arm in arms}
     if out: save(reports, out)

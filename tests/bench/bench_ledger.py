@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmfuse.arms import UNIMODAL, Split, fold_splits, pooled_image, read_folds, score_arm, train_arm
 from mmfuse.data import CocoPairs, mask_mentions
 from mmfuse.files import provenance
-from mmfuse.ledger import UNIMODAL, Split, fold_splits, gain, pooled_image, read_folds, score_arm, train_arm
+from mmfuse.ledger import gain
 from mmfuse.metrics import mean_average_precision, paired_bootstrap
 from mmfuse.named import make_encoders, reading
 from mmfuse.text_encoder import TextEncoder, make_text_encoder, name_similarity

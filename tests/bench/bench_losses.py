@@ -19,10 +19,10 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from mmfuse import losses
+from mmfuse.arms import read_folds
 from mmfuse.data import CocoPairs
 from mmfuse.files import provenance
 from mmfuse.image_encoder import make_image_encoder
-from mmfuse.ledger import read_folds
 from mmfuse.metrics import bootstrap, cf1_of1, choose_threshold, ece, mean_average_precision, paired_bootstrap
 from mmfuse.text_encoder import make_text_encoder
 from mmfuse.token_cache import cache_tokens

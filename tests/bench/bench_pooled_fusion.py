@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmfuse.arms import Split, fold_splits, pooled_image, read_folds
 from mmfuse.data import CocoPairs
 from mmfuse.files import atomic, provenance
 from mmfuse.image_encoder import make_image_encoder
-from mmfuse.ledger import Split, fold_splits, pooled_image, read_folds
 from mmfuse.metrics import bootstrap, mean_average_precision, paired_bootstrap
 from mmfuse.pooled_fusion import (
     ArticleHead,
