@@ -136,7 +136,7 @@ def hard_negatives(
     image_id:Tensor|None=None, # (B,) equal ids are never negatives; default: all differ
     *,
     generator:torch.Generator|None=None, # where chance comes from
-) -> tuple[Tensor, Tensor]: # a wrong caption for each picture, a wrong picture for each caption (B,)
+) -> tuple[Tensor, Tensor]: # (B,) both: a caption for each picture, a picture for each caption
     "Wrong partners, drawn the more often the more similar they are (ALBEF, Li et al. 2021)."
     if image_id is None: image_id = torch.arange(len(logits), device=logits.device)
     same = image_id[:, None] == image_id  # (B, B)

@@ -32,7 +32,7 @@ def check_soft_targets(
     if not math.isclose(float(loss(2 * img, txt, ids, 5.0)), ours, rel_tol=1e-4):
         return "pictures of twice the length change the loss: compare directions"
     if not math.isclose(ours, theirs, rel_tol=1e-4):
-        return f"eight pictures, one right caption each, cost {theirs:.3f}; yours says {ours:.3f}"
+        return f"eight pairs cost {theirs:.3f}, the mean of both ways; yours says {ours:.3f}"
     ours, theirs = pair(torch.tensor([0, 0, 1, 2, 3, 4, 5, 5]))
     if not math.isclose(ours, theirs, rel_tol=1e-4):
         return f"two rows of one picture share their captions: {theirs:.3f}, not {ours:.3f}"
@@ -45,12 +45,19 @@ def check_hard_wrong_caption(
     "Never a caption of the same picture; the others as often as their softmax says."
     g, ids = torch.Generator().manual_seed(0), torch.tensor([0, 0, 1, 1, 2, 2])
     logits = 2 * torch.randn(6, 6, generator=g)
-    columns = torch.stack([draw(logits.clone(), ids, g) for _ in range(600)])  # (600, B)
+    drawn = [draw(logits.clone(), ids, g) for _ in range(600)]
+    if isinstance(drawn[0], tuple): return "two things come back: only captions are asked for"
+    columns = torch.stack([torch.as_tensor(d).long() for d in drawn])
+    if columns.shape != (600, 6):
+        return f"the result is {tuple(columns.shape[1:])}, not (6,): one caption for each picture"
     own = (ids[columns] == ids).float().mean().item()
     if own: return f"{own:.0%} of the wrong captions are right ones: they are of the same picture"
     wanted = logits.masked_fill(ids[:, None] == ids, -torch.inf).softmax(1)
-    off = (F.one_hot(columns, 6).float().mean(0) - wanted).abs().max().item()
-    if off > 0.1: return f"a share is {off:.0%} off its softmax: the nearer, the more often"
+    shares = F.one_hot(columns, 6).float().mean(0)  # (B, B)
+    i, j = divmod(int((shares - wanted).abs().argmax()), 6)
+    if abs(shares[i, j] - wanted[i, j]) > 0.1:
+        return (f"caption {j} is drawn for picture {i} in {shares[i, j]:.0%} of all draws, "
+                f"where the softmax over wrong captions says {wanted[i, j]:.0%}")
 
 # %% ../../nbs/solutions/08_alignment.ipynb #ac40b6d2
 @checks("08.3", "The scale that never came back")
@@ -59,19 +66,24 @@ def check_runaway(
 ) -> str|None: # what is not right yet
     "Starts at 1/.07, stays at 100 at most, and comes back after a step that went too far."
     scale = scale_class()
+    def now(): return scale().item()
     parameters = list(scale.parameters())
     if len(parameters) != 1: return f"it has {len(parameters)} parameters, not one: the logarithm"
-    if not math.isclose(scale().item(), 1 / 0.07, rel_tol=1e-3):
-        return f"it starts at {scale().item():.1f}, not at 1/.07 = 14.3"
+    if not math.isclose(now(), 1 / 0.07, rel_tol=1e-3):
+        return f"it starts at {now():.1f}, not at 1/.07 = 14.3"
     parameters[0].data += 5
-    if scale().item() < 50: parameters[0].data += 200  # the value itself is stored, not its logarithm
-    if scale().item() > 100.1: return f"after a step too far it is {scale().item():.0f}, not 100 at most"
-    before, optimizer = scale().item(), torch.optim.SGD(parameters, lr=0.01)
+    if now() < 50: parameters[0].data += 200  # the value itself is stored, not its logarithm
+    if (before := now()) > 100.1: return f"after a step too far it is {before:.0f}, not 100 at most"
+    if next(scale.parameters()) is not parameters[0]:
+        return "forward replaces the parameter, and the optimizer holds the old one: change it in place"
+    if not scale().requires_grad: return "it has no gradient: no_grad is for the clamp alone"
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
     for _ in range(20):
         optimizer.zero_grad()
         scale().backward()
         optimizer.step()
-    if scale().item() > before - 0.01: return f"twenty steps down leave it at {before:.0f}: no gradient leads back"
+    if now() > before - 0.01:
+        return f"twenty steps down leave it at {before:.0f}: no gradient leads back"
 
 # %% ../../nbs/solutions/08_alignment.ipynb #42403860
 @checks("08.4", "Nothing is lost")
@@ -89,7 +101,8 @@ def check_nothing_lost(
         return f"weight and bias are {tuple(w.shape)} and {tuple(b.shape)}: keep (C, 2D) and (C,)"
     off = torch.cat([img, txt @ turn.T + shift], 1) @ w.T + b - wanted  # (N, C)
     if off.std(0).max() > 1e-6:
-        return f"logits are off by {off.std(0).max():.2f}, other for each picture: undo the turn"
+        return (f"logits are off by {off.std(0).max():.2f}, by another number for each picture: "
+                "undo the turn")
     if off.abs().max() > 1e-6:
         return f"a class is off by {off.abs().max():.2f}, for every picture alike: undo the shift"
 
@@ -102,6 +115,7 @@ def check_last_batch(
     for sizes in ([4], [4, 4], [4, 3], [2, 5, 1]):
         start = 0
         for rank, size in enumerate(sizes):
-            found, wanted = torch.as_tensor(list(right_columns(rank, sizes))).tolist(), list(range(start, start + size))
+            found = torch.as_tensor(list(right_columns(rank, sizes))).tolist()
+            wanted = list(range(start, start + size))
             if found != wanted: return f"of {sizes} rows, process {rank} has {wanted}, not {found}"
             start += size
