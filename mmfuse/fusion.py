@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .files import MmfuseError
+from .multiplicative_fusion import ArticleHead, FilmHead, GatedHead, LowRankHead
 from .named import ImageNamedHead, NamedHead, TextNamedHead
-from .pooled_fusion import (ArticleHead, ConcatHead, FilmHead, GatedHead, ImageHead,
-                                  JointHead, LateHead, LowRankHead, TextHead)
+from .pooled_fusion import ConcatHead, ImageHead, JointHead, LateHead, TextHead
 from .token_fusion import BottleneckHead, CrossAttentionHead, LabelQueryHead
 
 # %% ../nbs/appendix/fusion.ipynb #850dccfc

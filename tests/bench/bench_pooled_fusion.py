@@ -24,18 +24,8 @@ from mmfuse.data import CocoPairs
 from mmfuse.files import atomic, provenance
 from mmfuse.image_encoder import make_image_encoder
 from mmfuse.metrics import bootstrap, mean_average_precision, paired_bootstrap
-from mmfuse.pooled_fusion import (
-    ArticleHead,
-    ConcatHead,
-    FilmHead,
-    GatedHead,
-    ImageHead,
-    JointHead,
-    LateHead,
-    LowRankHead,
-    Standardize,
-    TextHead,
-)
+from mmfuse.multiplicative_fusion import ArticleHead, FilmHead, GatedHead, LowRankHead
+from mmfuse.pooled_fusion import ConcatHead, ImageHead, JointHead, LateHead, Standardize, TextHead
 from mmfuse.text_encoder import make_text_encoder, masked_mean
 from mmfuse.token_cache import Tokens, cache_tokens
 from mmfuse.toy import toy_coco
