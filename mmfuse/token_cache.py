@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .files import MmfuseError, home
+from .files import MmfuseError, atomic, home
 from .preprocessing import tokenize
 from .text_encoder import by_length, embed_names
 
@@ -169,6 +169,7 @@ def checksum(
 
 # %% ../nbs/appendix/token_cache.ipynb #fefc586e
 VERSION = 1
+
 def _entry(cache_dir:Path, kind:str, encoder:nn.Module, dataset, **more) -> tuple[Path, dict]:
     "Where the tokens of one encoder for one dataset are kept, and what they depend on."
     request = dict(kind=kind, version=VERSION, data=dataset.key, pictures=len(dataset),
@@ -176,16 +177,6 @@ def _entry(cache_dir:Path, kind:str, encoder:nn.Module, dataset, **more) -> tupl
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "_", encoder.key.rsplit("-", 1)[0])[:60]
     return cache_dir / f"{kind}-{name}-{digest}", request
-
-# %% ../nbs/appendix/token_cache.ipynb #982fec67
-def _write_json(path:Path, content:dict):
-    "Replace a small file at once."
-    beside = path.with_suffix(".new")
-    with open(beside, "w") as f:
-        json.dump(content, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
 
 # %% ../nbs/appendix/token_cache.ipynb #f11443bf
 def _allocate(part:Path, shapes:dict[str, tuple]) -> dict[str, np.ndarray]:
@@ -201,6 +192,9 @@ def _allocate(part:Path, shapes:dict[str, tuple]) -> dict[str, np.ndarray]:
     return arrays
 
 # %% ../nbs/appendix/token_cache.ipynb #454fe659
+def _write_json(path:Path, content:dict):
+    with atomic(path) as beside: beside.write_text(json.dumps(content, indent=1))
+
 def _save(part:Path, arrays:dict[str, np.ndarray], done:int) -> float: # when
     "Write the rows that are done to the disk, then say so."
     for a in arrays.values(): a.flush()
@@ -229,6 +223,18 @@ def _alone(folder:Path, progress:bool) -> FileLock: # held
         if progress: print(wait, file=sys.stderr)
         return lock.acquire()
 
+# %% ../nbs/appendix/token_cache.ipynb #f6e6918d
+def _write_rows(part:Path, arrays:dict, done:int, batches:Iterator, *, every:float, bar:tqdm):
+    "Put batches of rows into their places, and keep the state every few seconds."
+    saved = time.monotonic()
+    for batch in batches:
+        b = len(next(iter(batch.values())))
+        for name, values in batch.items(): arrays[name][done:done + b] = values
+        done += b
+        bar.update(b)
+        if time.monotonic() - saved > every: saved = _save(part, arrays, done)
+    _save(part, arrays, done)
+
 # %% ../nbs/appendix/token_cache.ipynb #3d5feaa3
 def fill(
     folder:Path, # the entry that is to be
@@ -254,20 +260,9 @@ def fill(
         _write_json(part / "meta.json", dict(request=request, files=files, pictures=n, made=made))
         os.rename(part, folder)
 
-# %% ../nbs/appendix/token_cache.ipynb #f6e6918d
-def _write_rows(part:Path, arrays:dict, done:int, batches:Iterator, *, every:float, bar:tqdm):
-    "Put batches of rows into their places, and keep the state every few seconds."
-    saved = time.monotonic()
-    for batch in batches:
-        b = len(next(iter(batch.values())))
-        for name, values in batch.items(): arrays[name][done:done + b] = values
-        done += b
-        bar.update(b)
-        if time.monotonic() - saved > every: saved = _save(part, arrays, done)
-    _save(part, arrays, done)
-
 # %% ../nbs/appendix/token_cache.ipynb #18eb1dfc
 _AGAIN = "delete it with `mmfuse cache --clear` or `clear_cache`, and run again"
+
 def _kept(folder:Path, request:dict) -> dict[str, np.ndarray]|None: # by name; None if not there
     "Open a finished entry; `MmfuseError` says why one cannot be used."
     if not folder.is_dir(): return None
@@ -349,12 +344,11 @@ class _TextHalf:
         kept = arrays["txt"][i, :, :now.shape[1]]
         _check_fresh(kept, now, self.folder, self.dataset.image_ids[i])
 
-# %% ../nbs/appendix/token_cache.ipynb #ee840697
+# %% ../nbs/appendix/token_cache.ipynb #e2f4270b
 def _bytes(shapes:dict[str, tuple]) -> int:
     "The size of arrays."
     return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
 
-# %% ../nbs/appendix/token_cache.ipynb #e2f4270b
 def cache_size(
     dataset, # `CocoPairs`
     image_encoder:nn.Module, # of `make_image_encoder`

@@ -63,6 +63,7 @@ class World:
 
 # %% ../nbs/appendix/toy_coco.ipynb #e80279ec
 ABSENT = (None, None)
+
 @cache
 def states(
     world:World, # the generator's tables
@@ -170,6 +171,7 @@ def posterior(
 
 # %% ../nbs/appendix/toy_coco.ipynb #4e364316
 SIZE, SCALE = (192, 144), 3 # width and height in pixels; how much larger it is painted
+
 class Pen:
     "Paints shapes given in a unit square (x right, y down) into a box of the picture."
     def __init__(self, draw:ImageDraw.ImageDraw, box:tuple, flip:bool, rng:np.random.Generator):
@@ -202,6 +204,7 @@ class Pen:
 # %% ../nbs/appendix/toy_coco.ipynb #75bf09fa
 SHADE = {"wheel": "#2b2b2b", "glass": "#cfe6f2", "metal": "#8a929a",
          "skin": ("#f1c9a5", "#d99f6c", "#8d5a35", "#5e3a22")}
+
 def _person(pen):
     skin = pen.pick(*SHADE["skin"])
     shirt = pen.pick("#c0392b", "#2e86ab", "#f2b134", "#6a4c93", "#3b8b5a", "#e8e4da")
@@ -214,6 +217,7 @@ def _person(pen):
     pen.rect(.36, .24, .64, .64, shirt, .08)
     pen.oval(.36, .02, .64, .23, skin)
     pen.arc(.35, .0, .65, .22, 180, 360, pen.pick("#2b1b12", "#6b4423", "#d8b04c", "#999999"), .06)
+
 def _bicycle(pen):
     frame = pen.pick("#c0392b", "#2e86ab", "#2f8f5b", "#333333")
     for x in (.0, .58): pen.ring(x, .45, x + .42, .98, SHADE["wheel"], .035)
@@ -221,6 +225,7 @@ def _bicycle(pen):
     pen.line([(.48, .71), (.36, .3)], frame, .035)
     pen.line([(.79, .71), (.66, .25), (.76, .2)], frame, .035)
     pen.line([(.29, .3), (.43, .3)], SHADE["wheel"], .05)
+
 def _motorcycle(pen):
     body = pen.pick("#b03a2e", "#1f3a5f", "#2d2d2d", "#d08c1f")
     for x in (.0, .64):
@@ -230,12 +235,14 @@ def _motorcycle(pen):
     pen.rect(.18, .32, .5, .42, "#222222", .04)
     pen.line([(.82, .75), (.68, .28), (.58, .2)], SHADE["metal"], .05)
     pen.oval(.68, .3, .8, .44, "#f6e6a2")
+
 def _two_wheeler(pen): # from the front: a bicycle and a motorcycle look alike
     pen.oval(.4, .45, .6, 1, SHADE["wheel"])
     pen.line([(.12, .28), (.5, .24), (.88, .28)], SHADE["metal"], .06)
     pen.line([(.5, .24), (.5, .6)], pen.pick("#8a2f2f", "#3a5a7a", "#444444"), .1)
     pen.oval(.4, .28, .6, .46, "#f6e6a2")
     for x in (.08, .8): pen.oval(x, .12, x + .12, .24, SHADE["metal"])
+
 def _car(pen):
     body = pen.pick("#c0392b", "#2e6fa7", "#e3c04b", "#e9e9e4", "#3c6e47", "#55555c")
     pen.poly([(.2, .5), (.34, .2), (.68, .2), (.84, .5)], body)
@@ -246,17 +253,20 @@ def _car(pen):
         pen.oval(x, .62, x + .22, 1, SHADE["wheel"])
         pen.oval(x + .06, .72, x + .16, .9, SHADE["metal"])
     pen.oval(.92, .52, .99, .64, "#f6e6a2")
+
 def _bus(pen):
     pen.rect(0, .08, 1, .85, pen.pick("#c0392b", "#e3a62b", "#2e7d5b", "#3f6fb0"), .08)
     for i in range(5): pen.rect(.06 + i * .18, .2, .2 + i * .18, .46, SHADE["glass"], .03)
     pen.rect(0, .58, 1, .64, "#f4efe6")
     for x in (.14, .7): pen.oval(x, .7, x + .16, 1, SHADE["wheel"])
+
 def _truck(pen):
     pen.rect(0, .05, .64, .8, pen.pick("#e9e4d8", "#b9c4cc", "#c7a77a"), .02)
     pen.rect(.66, .3, .98, .8, pen.pick("#b03a2e", "#2e6fa7", "#3c6e47"), .06)
     pen.poly([(.76, .36), (.9, .36), (.97, .54), (.76, .54)], SHADE["glass"])
     pen.rect(0, .76, 1, .82, "#444444")
     for x in (.1, .36, .74): pen.oval(x, .7, x + .17, 1, SHADE["wheel"])
+
 def _big_front(pen): # from the front: a bus and a truck look alike
     pen.rect(.14, .05, .86, .88, pen.pick("#b03a2e", "#3f6fb0", "#d6a433", "#5d7f6b"), .1)
     pen.rect(.22, .16, .78, .48, SHADE["glass"], .04)
@@ -264,11 +274,13 @@ def _big_front(pen): # from the front: a bus and a truck look alike
         pen.oval(x, .6, x + .12, .74, "#f6e6a2")
         pen.rect(x - .02, .84, x + .14, 1, SHADE["wheel"], .02)
     pen.rect(.38, .62, .62, .72, "#3a3a3a", .02)
+
 def _traffic_light(pen):
     pen.rect(.45, .5, .55, 1, "#4a4a4a"); pen.rect(.3, .02, .7, .62, "#2a2f33", .06)
     lit = int(pen.rng.integers(3))
     for i, c in enumerate(("#e5443b", "#f0b429", "#3bb273")):
         pen.oval(.4, .07 + i * .18, .6, .21 + i * .18, c if i == lit else "#555b60")
+
 def _bench(pen):
     wood = pen.pick("#8a5a33", "#a8743f", "#5f7a4d")
     for y in (.2, .34, .54): pen.rect(.02, y, .98, y + .09, wood, .02)
@@ -282,6 +294,7 @@ def _cat(pen): # sitting, upright
     pen.poly([(.26, .26), (.26, 0), (.42, .16)], fur)
     pen.poly([(.64, .26), (.64, 0), (.48, .16)], fur)
     for x in (.34, .5): pen.oval(x, .24, x + .07, .33, "#b8e05a")
+
 def _dog(pen): # standing, from the side
     fur = pen.pick("#b07a3f", "#7a4a26", "#3a332e", "#e5d3b0")
     for x in (.2, .32, .6, .7): pen.rect(x, .6, x + .08, 1, fur, .02)
@@ -289,18 +302,21 @@ def _dog(pen): # standing, from the side
     pen.rect(.66, .16, .94, .5, fur, .1)
     pen.rect(.86, .3, 1, .46, fur, .05); pen.oval(.66, .16, .78, .48, "#4a2f1b")
     pen.oval(.84, .24, .89, .3, "#111111"); pen.oval(.95, .3, 1, .37, "#111111")
+
 def _curled(pen): # asleep, curled up: a cat and a dog look alike
     fur = pen.pick("#c99a5b", "#6f6258", "#3b3531", "#e4d5bd")
     pen.oval(.04, .3, .96, 1, fur); pen.arc(.1, .38, .9, .96, 20, 200, "#4a3b30", .03)
     pen.oval(.1, .44, .46, .82, fur)
     pen.poly([(.14, .5), (.16, .34), (.28, .46)], fur)
     pen.arc(.2, .56, .32, .64, 0, 180, "#2b2019", .025)
+
 def _sheep(pen):
     for x in (.26, .38, .6, .7): pen.rect(x, .7, x + .06, 1, "#3a3532")
     for x, y, r in ((.12, .34, .3), (.3, .22, .34), (.5, .3, .34), (.24, .44, .36),
                     (.42, .46, .34)):
         pen.oval(x, y, x + r, y + r, "#f3efe4")
     pen.oval(.72, .28, .98, .62, "#3a3532"); pen.oval(.84, .38, .89, .44, "#f3efe4")
+
 def _cow(pen):
     for x in (.16, .28, .62, .72): pen.rect(x, .62, x + .08, 1, "#e9e2d3")
     pen.rect(.1, .28, .82, .72, "#efe8da", .1); hide = pen.pick("#2b2622", "#7a4325")
@@ -308,11 +324,13 @@ def _cow(pen):
         pen.oval(x, y, x + r, y + r * 1.1, hide)
     pen.rect(.76, .12, .98, .48, hide, .08); pen.rect(.8, .36, 1, .52, "#d9a59a", .06)
     pen.line([(.78, .14), (.72, 0)], "#d8cfae", .04); pen.line([(.94, .14), (1, 0)], "#d8cfae", .04)
+
 def _grazing(pen): # far away, the head in the grass: a sheep and a cow look alike
     coat = pen.pick("#e8e0d0", "#d6cbb8", "#b9a58c")
     for x in (.24, .36, .62, .72): pen.rect(x, .6, x + .07, .96, "#6b5d4f")
     pen.oval(.12, .24, .86, .78, coat); pen.oval(.76, .5, .98, .94, coat)
     for x in np.linspace(.02, .94, 9): pen.poly([(x, 1), (x + .03, .8), (x + .06, 1)], "#5f8f4a")
+
 def _bird(pen):
     color = pen.pick("#3f6fb0", "#c0392b", "#5b4a3a", "#e0b13a", "#e8e8e8")
     pen.poly([(.3, .5), (0, .3), (.06, .62)], color); pen.oval(.2, .34, .76, .82, color)
@@ -322,24 +340,28 @@ def _bird(pen):
     pen.poly([(.3, .5), (.6, .5), (.36, .2)], "#55606b")
     pen.line([(.46, .8), (.44, 1)], "#8a6a3a", .04)
     pen.line([(.56, .8), (.56, 1)], "#8a6a3a", .04)
+
 def _boat(pen):
     pen.poly([(.02, .66), (.98, .66), (.8, .96), (.18, .96)],
              pen.pick("#8a4b2a", "#2e6fa7", "#b03a2e", "#e9e4d8"))
     pen.line([(.48, .66), (.48, .02)], "#5a4632", .035)
     pen.poly([(.51, .06), (.51, .6), (.9, .6)], "#f6f1e4")
     pen.poly([(.45, .14), (.45, .6), (.16, .6)], pen.pick("#f0c14b", "#d9675a", "#f6f1e4"))
+
 def _umbrella(pen):
     a, b = pen.pick(("#d9483b", "#f6efe2"), ("#2e86ab", "#f2d24b"), ("#6a4c93", "#e7b7d0"))
     pen.line([(.5, .06), (.5, .94)], "#6b5a45", .04)
     pen.arc(.5, .84, .66, 1, 0, 180, "#6b5a45", .04)
     pen.draw.pieslice(pen._corners(.02, .08, .98, 1.0), 180, 360, fill=a)
     for i in (0, 2, 4): pen.poly([(.5, .08), (.06 + i * .176, .54), (.06 + (i + 1) * .176, .54)], b)
+
 def _kite(pen):
     a, b = pen.pick(("#d9483b", "#f2d24b"), ("#2e86ab", "#f6efe2"), ("#3b8b5a", "#f0a23b"))
     pen.poly([(.5, 0), (.84, .32), (.5, .74), (.16, .32)], a)
     pen.poly([(.5, 0), (.84, .32), (.5, .32)], b)
     pen.poly([(.16, .32), (.5, .32), (.5, .74)], b)
     pen.line([(.5, .74), (.58, .84), (.44, .92), (.54, 1)], "#555555", .025)
+
 def _surfboard(pen):
     a, b = pen.pick(("#f0a23b", "#c0392b"), ("#59b6c7", "#f6efe2"), ("#f2e6c9", "#2e86ab"))
     pen.oval(.3, 0, .7, 1, a); pen.rect(.47, .04, .53, .96, b); pen.oval(.4, .34, .6, .62, b)
@@ -350,39 +372,47 @@ def _ball(pen):
     pen.arc(-.35, .05, .45, .95, 300, 60, "#333333", .04)
     pen.arc(.55, .05, 1.35, .95, 120, 240, "#333333", .04)
     pen.line([(.05, .5), (.95, .5)], "#333333", .035)
+
 def _cup(pen):
     color = pen.pick("#d9675a", "#3f8fb0", "#f0e6d2", "#5b8a5a")
     pen.ring(.6, .32, .96, .74, color, .08)
     pen.poly([(.12, .14), (.74, .14), (.66, .94), (.2, .94)], color)
     pen.oval(.12, .06, .74, .24, "#5a3a22")
+
 def _bowl(pen):
     color = pen.pick("#f0e6d2", "#3f6fb0", "#b5533c", "#7a9a6b")
     pen.draw.pieslice(pen._corners(.02, -.1, .98, .9), 0, 180, fill=color)
     pen.oval(.02, .3, .98, .52, "#d9cfae"); pen.rect(.36, .86, .64, .96, color, .02)
+
 def _from_above(pen): # a cup and a bowl look alike from above
     pen.oval(.06, .06, .94, .94, pen.pick("#f0e6d2", "#9db8c4", "#c98a6b"))
     pen.oval(.18, .18, .82, .82, pen.pick("#5a3a22", "#d8c48a", "#b5533c"))
     pen.arc(.24, .24, .76, .76, 190, 260, "#fff6e0", .04)
+
 def _apple(pen):
     color = pen.pick("#c0392b", "#7fae3c")
     pen.oval(.06, .22, .58, .98, color); pen.oval(.42, .22, .94, .98, color)
     pen.line([(.5, .3), (.54, .06)], "#5a3a22", .05)
     pen.oval(.54, .04, .82, .18, "#4f8f3f")
+
 def _orange(pen):
     pen.oval(.05, .08, .95, .98, "#f08a24"); pen.oval(.44, .1, .56, .2, "#4f7f3a")
     for x, y in ((.3, .4), (.6, .34), (.44, .6), (.7, .6), (.28, .7), (.56, .8)):
         pen.oval(x, y, x + .04, y + .04, "#d06f12")
+
 def _fruit(pen): # in half shade: an apple and an orange look alike
     color = pen.pick("#d9662b", "#cf5a2a")
     pen.oval(.06, .1, .94, .98, color)
     pen.draw.pieslice(pen._corners(.06, .1, .94, .98), 20, 200, fill="#9c431f")
     pen.oval(.62, .24, .78, .38, "#f2a873")
+
 def _chair(pen):
     wood = pen.pick("#8a5a33", "#c98a4b", "#4a5a6b", "#b5533c")
     for x in (.16, .74): pen.rect(x, .5, x + .08, 1, wood)
     for x in (.16, .74): pen.rect(x, .02, x + .08, .5, wood)
     pen.rect(.16, .06, .82, .16, wood, .02); pen.rect(.16, .26, .82, .34, wood, .02)
     pen.rect(.08, .5, .9, .62, wood, .03)
+
 def _tv(pen):
     pen.rect(.0, .1, 1, .8, "#22262a", .04)
     pen.rect(.05, .15, .95, .74, pen.pick("#4a7fa5", "#6b8f71", "#7a6a9a"), .02)
@@ -401,6 +431,7 @@ SHARED = dict(zip(PAIRS, (_two_wheeler, _big_front, _curled, _grazing, _from_abo
 
 # %% ../nbs/appendix/toy_coco.ipynb #82d40e05
 W, H = SIZE
+
 def _sky(pen, horizon):
     top, low = pen.pick(("#8ec6e8", "#dff1f7"), ("#f2b38a", "#fbe7c6"), ("#7fa9d6", "#e6eef5"),
                         ("#b9c3cc", "#e4e8ea"))
@@ -412,6 +443,7 @@ def _sky(pen, horizon):
         x, y = pen.rng.uniform(0, .9), pen.rng.uniform(.04, horizon * .5)
         for dx, r in ((0, .05), (.04, .07), (.09, .05)):
             pen.oval(x + dx, y - r / 2, x + dx + r * 1.4, y + r, "#ffffff")
+
 def _street(pen):
     _sky(pen, .5); x = 0.0
     while x < 1:
@@ -424,6 +456,7 @@ def _street(pen):
         x += w
     pen.rect(0, .56, 1, .64, "#c8c4bc"); pen.rect(0, .64, 1, 1, "#6d7076")
     for x in np.arange(.02, 1, .2): pen.rect(x, .8, x + .1, .82, "#f0e9d0")
+
 def _kitchen(pen):
     pen.rect(0, 0, 1, .62, wall := pen.pick("#f3e6cf", "#e3ecdf", "#e9e1ec", "#dfe9ee"))
     for x in np.arange(0, 1, .08): pen.line([(x, .3), (x, .62)], "#d5cbb8", .006)
@@ -435,6 +468,7 @@ def _kitchen(pen):
     pen.line([(.495, .05), (.495, .3)], "#f6f1e4", .02)
     pen.rect(0, .6, 1, .68, "#8c6a4a"); pen.rect(0, .68, 1, 1, "#d9cdb8")
     for x in (.0, .34, .68): pen.rect(x + .01, .72, x + .32, .98, "#c7b597", .02)
+
 def _beach(pen):
     _sky(pen, .42); pen.rect(0, .4, 1, .62, pen.pick("#3f9fb5", "#2f86a8", "#57b3b8"))
     for _ in range(9):
@@ -445,6 +479,7 @@ def _beach(pen):
     for _ in range(30):
         x, y = pen.rng.uniform(0, 1), pen.rng.uniform(.68, 1)
         pen.oval(x, y, x + .008, y + .008, "#d9c28a")
+
 def _park(pen):
     _sky(pen, .45); pen.rect(0, .44, 1, 1, pen.pick("#8fbf6a", "#7db266", "#9cc46f"))
     for _ in range(6):
@@ -454,6 +489,7 @@ def _park(pen):
         for dx, dy in ((0, 0), (.35, -.25), (.3, .15)):
             pen.oval(x + dx * r, y - r + dy * r, x + (dx + .7) * r, y + .05 + dy * r, leaf)
     pen.poly([(.44, .46), (.5, .46), (.86, 1), (.4, 1)], "#e4d3ab")
+
 def _living_room(pen):
     pen.rect(0, 0, 1, .66, pen.pick("#e8d9c3", "#d6dfd3", "#dcd3e3", "#e9cfc0"))
     for x in np.arange(.02, 1, .1): pen.line([(x, 0), (x, .66)], "#ffffff", .008)
@@ -464,6 +500,7 @@ def _living_room(pen):
     pen.rect(0, .67, 1, 1, pen.pick("#b98f63", "#a87f57", "#9a8878"))
     pen.oval(.16, .76, .84, .98, pen.pick("#b5533c", "#5f7f99", "#8a6f9a"))
     pen.oval(.24, .8, .76, .94, "#e4d3ab")
+
 def _farm(pen):
     _sky(pen, .46); pen.oval(-.3, .3, .6, .9, "#a9c27a")
     pen.oval(.4, .34, 1.3, .9, "#9ab56d"); pen.rect(0, .54, 1, 1, "#a5bf6b")
@@ -478,6 +515,7 @@ BACKGROUNDS = dict(zip(SCENES, (_street, _kitchen, _beach, _park, _living_room, 
 _WIDE = {"bus": 1.7, "truck": 1.7, "car": 1.7, "bench": 1.5, "boat": 1.2, "bicycle": 1.4,
          "motorcycle": 1.4, "dog": 1.2, "cow": 1.4, "sheep": 1.2, "tv": 1.3, "person": .6,
          "traffic light": .6, "surfboard": .6}
+
 def place(
     record:dict, # from `sample_record`
     world:World, # its tables
@@ -592,11 +630,13 @@ _KINDS = [dict(id=_NUMBER[c], name=c, supercategory=g) for g, members in _GROUPS
 _HEAD = dict(info=dict(description="toy COCO, drawn by mmfuse", version=str(EDITION)),
              licenses=[dict(id=1, name="CC0-1.0: drawn by a program",
                             url="https://creativecommons.org/publicdomain/zero/1.0/")])
+
 def _boxes(placed:list, world:World, i:int, first:int) -> list[dict]:
     "COCO's annotations of picture `i`; their ids count on from `first`."
     rounded = [(c, [round(v, 1) for v in box]) for c, box, _ in placed]
     return [dict(id=first + n, image_id=i, category_id=_NUMBER[world.classes[c]], bbox=box,
                  area=round(box[2] * box[3], 1), iscrowd=0) for n, (c, box) in enumerate(rounded)]
+
 def _write_split(folder:Path, split:str, ids:range, world:World, seed:int):
     "Pictures, two annotation files and the record of one split."
     images, boxes, captions, records = [], [], [], []
@@ -628,6 +668,7 @@ def _is_there(root:Path, wanted:dict) -> bool: # whether this very toy COCO is c
     if found == wanted: return True
     what = "another toy COCO" if found else "something else"
     raise MmfuseError(f"'{root}' holds {what}: choose another folder, or delete it")
+
 def _draw(root:Path, wanted:dict):
     "Draw both splits; `root` is complete or not there."
     n_train, n_val, world = wanted["n_train"], wanted["n_val"], World()

@@ -30,16 +30,27 @@ class Verdict:
     @property
     def right(self) -> bool: return self.text is None
     def __bool__(self): return self.right
-    def __repr__(self): return f"{self.number} {self.title} · " + ("right" if self.right else f"not yet: {self.text}")
+    def __repr__(self):
+        word = "right" if self.right else f"not yet: {self.text}"
+        return f"{self.number} {self.title} · {word}"
 
     def _repr_html_(self):
         colour, word = ("#009E73", "right") if self.right else ("#E69F00", "not yet")
         rest = "" if self.right else f": {html.escape(self.text)}"
-        return (f'<div style="border-left: 4px solid {colour}; padding: .25rem .75rem">{self.number} '
-                f"{html.escape(self.title)} · <strong>{word}</strong>{rest}</div>")
+        style = f"border-left: 4px solid {colour}; padding: .25rem .75rem"
+        return (f'<div style="{style}">{self.number} {html.escape(self.title)} · '
+                f"<strong>{word}</strong>{rest}</div>")
 
 # %% ../../nbs/appendix/exercises.ipynb #b557df00
 EMPTY = "nothing here yet: put your answer in the place of the starter"
+
+def _watched(answer, returned:list): # the same, or a function that notes what it returns
+    if not isinstance(answer, FunctionType): return answer
+    @wraps(answer)
+    def call(*args, **kwargs):
+        returned.append(answer(*args, **kwargs))
+        return returned[-1]
+    return call
 
 def _missing(
     check:Callable, # what the course wrote: None, or a sentence
@@ -48,16 +59,13 @@ def _missing(
     "Run a check; an exception in the reader's code is an answer too."
     if any(a is None or a is ... for a in answers): return EMPTY
     written, returned = [a for a in answers if isinstance(a, FunctionType)], []
-    def watched(answer):
-        @wraps(answer)
-        def call(*args, **kwargs):
-            returned.append(answer(*args, **kwargs))
-            return returned[-1]
-        return call if isinstance(answer, FunctionType) else answer
-    try: text, why = check(*map(watched, answers)), None
-    except Exception as e: text, why = None, f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), 'no message')}"
+    try: text, why = check(*(_watched(a, returned) for a in answers)), None
+    except Exception as e:
+        lines = str(e).strip().splitlines() or ["no message"]
+        text, why = None, f"{type(e).__name__}: {lines[0]}"
     if (text or why) and returned and all(r is None or r is ... for r in returned):
-        if not any(a.__code__.co_names for a in written): return EMPTY # a body of `...` calls nothing
+        calls = any(a.__code__.co_names for a in written) # a body of `...` calls nothing
+        if not calls: return EMPTY
         if why: return f"your function returns nothing: is a `return` missing? ({why})"
     return text or why
 
@@ -72,12 +80,15 @@ def _read() -> dict: # number -> "right since ..." or "tried"
 def remember(
     verdict:Verdict,
 ):
-    "Note that an exercise was tried, or solved; nothing under `nbdev_test`. A home that cannot be written is no reason to stop a page."
+    """Note that an exercise was tried, or solved; nothing under `nbdev_test`.
+
+    A home that cannot be written is no reason to stop a page."""
     states = _read()
     if in_test() or states.get(verdict.number, "").startswith("right"): return
     states[verdict.number] = f"right since {date.today()}" if verdict.right else "tried"
+    text = json.dumps(states, indent=1)
     try:
-        with atomic(_kept()) as path: path.write_text(json.dumps(states, indent=1), encoding="utf-8")
+        with atomic(_kept()) as path: path.write_text(text, encoding="utf-8")
     except OSError: pass
 
 # %% ../../nbs/appendix/exercises.ipynb #b8674fc6
@@ -95,7 +106,9 @@ def checks(
             if check.__module__ != "__main__": remember(verdict)
             return verdict
         other = CHECKS.get(number)
-        if other and other.__name__ != check.__name__: raise MmfuseError(f"exercise {number} has two checks: {other.__name__} and {check.__name__}")
+        if other and other.__name__ != check.__name__:
+            both = f"{other.__name__} and {check.__name__}"
+            raise MmfuseError(f"exercise {number} has two checks: {both}")
         judge.number, judge.title = number, title
         CHECKS[number] = judge
         return judge
@@ -106,14 +119,17 @@ class Refused(list):
     "What a check says to wrong answers, a line each."
     def __repr__(self): return "\n".join(f"{name}: {text}" for name, text in self)
 
+def _name(answer) -> str:
+    if isinstance(answer, tuple): return ", ".join(map(_name, answer))
+    return getattr(answer, "__name__", None) or repr(answer)
+
 def rejects(
     check:Callable, # a check
     *answers, # the starter and wrong answers; a tuple where a check takes several
 ) -> Refused:
     "Assert that none of the answers is right, and show what is said of each."
     verdicts = [check(*(a if isinstance(a, tuple) else (a,))) for a in answers]
-    def name(a): return ", ".join(map(name, a)) if isinstance(a, tuple) else getattr(a, "__name__", None) or repr(a)
-    names = list(map(name, answers))
+    names = list(map(_name, answers))
     wrong = [n for n, v in zip(names, verdicts) if v.right]
     assert not wrong, f"{check.__name__} accepts {', '.join(wrong)}"
     return Refused((n, v.text) for n, v in zip(names, verdicts))
@@ -125,8 +141,8 @@ def every_check() -> dict[str, Callable]: # number -> check, in the course's ord
     for module in iter_modules(package.__path__): import_module(f"mmfuse.exercises.{module.name}")
     return dict(sorted((n, c) for n, c in CHECKS.items() if c.__module__ != "__main__"))
 
-def progress() -> list[tuple[str, str, str]]: # number, title, state ("right since ...", "tried" or "open")
-    "Every exercise of the course, and how far the reader is."
+def progress() -> list[tuple[str, str, str]]: # number, title, state
+    "Every exercise of the course, and its state: `right since ...`, `tried` or `open`."
     states = _read()
     return [(n, c.title, states.get(n, "open")) for n, c in every_check().items()]
 
