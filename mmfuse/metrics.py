@@ -23,7 +23,8 @@ def _numpy(
     x, # an array, a tensor on any device, or a list of them
 ) -> np.ndarray: # the same numbers
     "Whatever came, as numpy; bfloat16, which numpy lacks, as float32."
-    if isinstance(x, (list, tuple)) and len(x) and not np.isscalar(x[0]): return np.stack([_numpy(a) for a in x])
+    if isinstance(x, (list, tuple)) and len(x) and not np.isscalar(x[0]):
+        return np.stack([_numpy(a) for a in x])
     if isinstance(x, torch.Tensor):
         x = x.detach().cpu()
         x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
@@ -39,16 +40,34 @@ def _checked(
     scores, y = _numpy(scores), _numpy(y)
     shape = "(N, C)" if ndim == 2 else "(N,)"
     if scores.shape != y.shape or scores.ndim != ndim or not scores.size:
-        raise MetricError(f"scores are {scores.shape} and labels {y.shape}: both must be {shape}, and not empty")
-    if not np.isin(y, (0, 1)).all():
-        raise MetricError(f"labels must be 0 or 1; row {np.argwhere(~np.isin(y, (0, 1)))[0][0]} holds something else")
-    if scores.dtype.kind not in "fiub": raise MetricError(f"scores must be numbers, not {scores.dtype}")
+        raise MetricError(f"scores are {scores.shape} and labels {y.shape}: "
+                          f"both must be {shape}, and not empty")
+    if (wrong := ~np.isin(y, (0, 1))).any():
+        raise MetricError(f"labels must be 0 or 1; row {np.argwhere(wrong)[0][0]} "
+                          "holds something else")
+    if scores.dtype.kind not in "fiub":
+        raise MetricError(f"scores must be numbers, not {scores.dtype}")
     scores = scores if scores.dtype.kind == "f" else scores.astype(np.float64)
-    if np.isnan(scores).any():
-        raise MetricError(f"scores hold NaN, first in row {np.argwhere(np.isnan(scores))[0][0]}: did the training diverge?")
+    if (missing := np.isnan(scores)).any():
+        raise MetricError(f"scores hold NaN, first in row {np.argwhere(missing)[0][0]}: "
+                          "did the training diverge?")
     return scores, y.astype(bool)
 
+def _need_a_positive(
+    y:np.ndarray, # (N, C) bool
+    so:str, # what does not exist without one
+):
+    "A `MetricError` if no picture shows any of the classes."
+    if not y.any():
+        raise MetricError(f"none of the {y.shape[1]} classes has a positive label: {so}")
+
 # %% ../nbs/09_metrics.ipynb #278d2339
+def _ends(
+    ranked:np.ndarray, # (N,) scores, from high to low
+) -> np.ndarray: # row numbers, as many as there are different scores
+    "The last row of each run of equal scores."
+    return np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1)
+
 def _ap(
     scores:np.ndarray, # (N,)
     y:np.ndarray, # (N,) bool
@@ -56,8 +75,7 @@ def _ap(
 ) -> float: # nan without a positive
     "Average precision of checked input: one step down the ranking for each run of equal scores."
     order = np.argsort(-scores, kind="stable")
-    ranked = scores[order]
-    ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1) # last row of each run
+    ends = _ends(scores[order])
     found, taken = np.cumsum((weight * y)[order])[ends], np.cumsum(weight[order])[ends]
     if found[-1] <= 0: return float("nan")
     precision = np.divide(found, taken, out=np.zeros(len(ends)), where=taken > 0)
@@ -68,11 +86,12 @@ def average_precision(
     y, # (N,) 0 or 1
     weight=None, # (N,) at least 0; default: all 1
 ) -> float: # between 0 and 1; nan if there is no positive
-    "Sum over thresholds of (step in recall) x precision, not interpolated; equal scores are one threshold."
+    "Sum over thresholds of (step in recall) x precision; equal scores are one threshold."
     scores, y = _checked(scores, y, ndim=1)
     weight = np.ones(len(y)) if weight is None else _numpy(weight).astype(np.float64)
     if weight.shape != y.shape or not (np.isfinite(weight) & (weight >= 0)).all():
-        raise MetricError(f"weights must be {y.shape}, finite and at least 0; they are {weight.shape}")
+        raise MetricError(f"weights must be {y.shape}, finite and at least 0; "
+                          f"they are {weight.shape}")
     return _ap(scores, y, weight)
 
 # %% ../nbs/09_metrics.ipynb #52b4b171
@@ -91,7 +110,8 @@ def mean_average_precision(
 ) -> float: # mAP
     "The mean of `per_class_ap` over the classes that have a positive."
     ap = per_class_ap(scores, y)
-    if np.isnan(ap).all(): raise MetricError(f"none of the {len(ap)} classes has a positive label: mAP is undefined")
+    if np.isnan(ap).all():
+        raise MetricError(f"none of the {len(ap)} classes has a positive label: mAP is undefined")
     return float(np.nanmean(ap))
 
 # %% ../nbs/09_metrics.ipynb #96482884
@@ -101,7 +121,7 @@ def micro_average_precision(
 ) -> float: # micro AP
     "Average precision of all (picture, class) pairs in one ranking."
     scores, y = _checked(scores, y, ndim=2)
-    if not y.any(): raise MetricError(f"none of the {y.shape[1]} classes has a positive label: micro AP is undefined")
+    _need_a_positive(y, "micro AP is undefined")
     return average_precision(scores.ravel(), y.ravel())
 
 # %% ../nbs/09_metrics.ipynb #68a6971e
@@ -114,12 +134,13 @@ def cf1_of1(
     y, # (N, C) 0 or 1
     threshold=0.5, # one number, or (C,): predicted where score >= threshold
 ) -> tuple[float, float]: # CF1, OF1
-    "CF1 and OF1 as COCO papers define them: F1 of the class-averaged, and of the overall, precision and recall."
+    "CF1 and OF1 as COCO papers define them: F1 of the class means, and of the overall counts."
     scores, y = _checked(scores, y, ndim=2)
-    if not y.any(): raise MetricError(f"none of the {y.shape[1]} classes has a positive label: F1 is undefined")
+    _need_a_positive(y, "F1 is undefined")
     threshold = _numpy(threshold).astype(np.float64)
     if threshold.shape not in ((), (y.shape[1],)):
-        raise MetricError(f"threshold is {threshold.shape}: expected one number, or one for each of {y.shape[1]} classes")
+        raise MetricError(f"threshold is {threshold.shape}: expected one number, "
+                          f"or one for each of {y.shape[1]} classes")
     chosen = scores >= threshold
     right, predicted, true = (chosen & y).sum(0), chosen.sum(0), y.sum(0) # (C,) each
     seen = true > 0
@@ -136,21 +157,22 @@ def _cut(
     "The threshold with the highest F1, half way to the next lower score."
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order].astype(np.float64)
-    ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1)
+    ends = _ends(ranked)
     f1 = 2 * np.cumsum(y[order])[ends] / (ends + 1 + y.sum())
     best = ends[np.argmax(f1)]
     lower = ranked[min(best + 1, len(ranked) - 1)]
     with np.errstate(invalid="ignore"): middle = lower + (ranked[best] - lower) / 2
-    return float(middle if lower < middle < ranked[best] else ranked[best]) # neighbours, or infinite
+    if not lower < middle < ranked[best]: middle = ranked[best] # neighbours, or infinite
+    return float(middle)
 
 def choose_threshold(
     scores, # (N, C) of the validation pictures
     y, # (N, C) 0 or 1
     per_class:bool=False, # one threshold a class instead of one for all
-) -> float|np.ndarray: # a number, or (C,)
-    "The threshold with the best OF1, or each class's with its best F1 (classes without a positive: the common one)."
+) -> float|np.ndarray: # a number, or (C,); a class without a positive gets the common number
+    "The threshold with the best OF1, or each class's with its best F1."
     scores, y = _checked(scores, y, ndim=2)
-    if not y.any(): raise MetricError(f"none of the {y.shape[1]} classes has a positive label: no threshold can be chosen")
+    _need_a_positive(y, "no threshold can be chosen")
     common = _cut(scores.ravel(), y.ravel())
     if not per_class: return common
     return np.array([_cut(s, t) if t.any() else common for s, t in zip(scores.T, y.T)])
@@ -161,7 +183,7 @@ def _draw(
     level:int, # items of equal similarity
     lucky:int, # right ones among them, at least 1
 ) -> float: # a probability
-    "The chance that a random order of `level` items puts one of the `lucky` among the first `places`."
+    "The chance that a fair order of `level` items has one of the `lucky` in its first `places`."
     if places <= 0: return 0.0
     if places > level - lucky: return 1.0
     left = np.arange(places)
@@ -173,15 +195,18 @@ def recall_at_k(
     gallery_id, # (G,) the picture that a gallery item belongs to
     ks:tuple[int, ...]=(1, 5, 10), # how many of the nearest count
 ) -> dict[int, float]: # K -> share of queries with a right item among their K nearest
-    "Recall@K when several items may be right; equal similarities share the places, as in a fair draw."
+    "Recall@K when several items may be right; equal similarities share places, as in a fair draw."
     similarity, query_id, gallery_id = _numpy(similarity), _numpy(query_id), _numpy(gallery_id)
     if similarity.shape != (len(query_id), len(gallery_id)) or not similarity.size:
-        raise MetricError(f"similarity is {similarity.shape}, for {len(query_id)} queries and {len(gallery_id)} gallery items")
-    if np.isnan(similarity).any(): raise MetricError("similarity holds NaN: is an embedding of length 0?")
+        raise MetricError(f"similarity is {similarity.shape}, for {len(query_id)} queries "
+                          f"and {len(gallery_id)} gallery items")
+    if np.isnan(similarity).any():
+        raise MetricError("similarity holds NaN: is an embedding of length 0?")
     hits = {k: 0.0 for k in ks}
     for row, i in zip(similarity, query_id):
         right = gallery_id == i
-        if not right.any(): raise MetricError(f"query of picture {i} has no right item in the gallery")
+        if not right.any():
+            raise MetricError(f"query of picture {i} has no right item in the gallery")
         best = row[right].max()
         above, level, lucky = (row > best).sum(), (row == best).sum(), (row[right] == best).sum()
         for k in ks: hits[k] += _draw(k - above, level, lucky)
@@ -193,15 +218,18 @@ def reliability(
     y, # the same shape, 0 or 1
     bins:int=10, # at most so many groups
     equal_mass:bool=False, # groups of equal size instead of equal width
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # mean probability, share of positives, share of all; empty groups left out
-    "What was promised and what came true, in groups of similar probability."
+) -> tuple[np.ndarray, ...]: # (G,) each: mean probability, share of positives, share of all pairs
+    "What was promised and what came true, in the groups of similar probability that are not empty."
     probs, y = _checked(np.ravel(_numpy(probs)), np.ravel(_numpy(y)), ndim=1)
-    if probs.min() < 0 or probs.max() > 1: raise MetricError("probabilities must lie in 0..1: apply a sigmoid to logits")
-    edges = np.quantile(probs, np.arange(1, bins) / bins) if equal_mass else np.arange(1, bins) / bins
+    if probs.min() < 0 or probs.max() > 1:
+        raise MetricError("probabilities must lie in 0..1: apply a sigmoid to logits")
+    edges = np.arange(1, bins) / bins
+    if equal_mass: edges = np.quantile(probs, edges)
     group = np.searchsorted(edges, probs, side="right")
-    size = np.bincount(group, minlength=bins)
+    def total(weights): return np.bincount(group, weights=weights, minlength=bins)
+    size = total(None)
     keep = size > 0
-    promised, came = (np.bincount(group, weights=v, minlength=bins)[keep] / size[keep] for v in (probs, y))
+    promised, came = (total(v)[keep] / size[keep] for v in (probs, y))
     return promised, came, size[keep] / len(y)
 
 def ece(
@@ -210,7 +238,7 @@ def ece(
     bins:int=15, # groups
     equal_mass:bool=False, # groups of equal size instead of equal width
 ) -> float: # 0 is perfect
-    "Expected calibration error: the mean gap between promise and outcome, weighted by the groups' sizes."
+    "Expected calibration error: the mean gap of promise and outcome, groups weighted by size."
     promised, came, share = reliability(probs, y, bins, equal_mass)
     return float(np.sum(share * np.abs(promised - came)))
 
@@ -222,13 +250,19 @@ class _Ranking:
         y:np.ndarray, # (N,) bool, at least one True
     ):
         levels = np.unique(scores[y]) # recall moves at these scores only
-        at = len(levels) - np.searchsorted(levels, scores, side="right") # 0: at or above the highest level
-        self.taken, self.found = (self._sums(at, rows, len(levels)) for rows in (at < len(levels), y))
+        n = len(levels)
+        at = n - np.searchsorted(levels, scores, side="right") # (N,) how many levels lie above it
+        self.taken, self.found = self._sums(at, at < n, n), self._sums(at, y, n)
 
-    def _sums(self, at:np.ndarray, rows:np.ndarray, n:int) -> sparse.csr_matrix:
-        "A (levels, N) matrix of 0 and 1 that adds up the weights of `rows` at each level."
+    def _sums(self,
+        at:np.ndarray, # (N,) each picture's level
+        rows:np.ndarray, # (N,) bool: those that count
+        n:int, # levels
+    ) -> sparse.csr_matrix: # (levels, N) of 0 and 1
+        "The matrix that adds up the weights of `rows` at each level."
         rows = np.flatnonzero(rows)
-        return sparse.csr_matrix((np.ones(len(rows), np.float32), (at[rows], rows)), shape=(n, len(at)))
+        ones = np.ones(len(rows), np.float32)
+        return sparse.csr_matrix((ones, (at[rows], rows)), shape=(n, len(at)))
 
     def ap(self,
         weights:np.ndarray, # (N, R) float32: how often each resample holds each picture
@@ -244,13 +278,14 @@ class _Ranking:
 def _resamples(
     n:int, # pictures
     count:int, # resamples
-    seed:int,
+    seed:int, # of the draws
     block:int=128, # resamples at a time
 ) -> Iterator[np.ndarray]: # (N, at most block) float32
-    "How often each picture is drawn when `n` are drawn with replacement, a block of resamples at a time."
+    "How often each of `n` pictures is drawn, with replacement; a block of resamples at a time."
     rng = np.random.default_rng(seed)
     for start in range(0, count, block):
-        drawn = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(min(block, count - start))]
+        size = min(block, count - start)
+        drawn = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(size)]
         yield np.stack(drawn, 1).astype(np.float32)
 
 def _mean_of_present(
@@ -268,30 +303,38 @@ def _seeds(
     "Checked scores with an axis for seeds, and checked labels."
     scores = _numpy(scores)
     scores = scores[None] if scores.ndim == 2 else scores
-    if scores.ndim != 3 or not len(scores): raise MetricError(f"scores are {scores.shape}: expected (N, C), or (S, N, C) for S seeds")
+    if scores.ndim != 3 or not len(scores):
+        raise MetricError(f"scores are {scores.shape}: expected (N, C), or (S, N, C) for S seeds")
     checked = [_checked(s, y, ndim=2) for s in scores]
-    if not checked[0][1].any(): raise MetricError("no class has a positive label: there is nothing to resample")
-    return np.stack([s for s, _ in checked]), checked[0][1]
+    y = checked[0][1]
+    _need_a_positive(y, "there is nothing to resample")
+    return np.stack([s for s, _ in checked]), y
 
 # %% ../nbs/09_metrics.ipynb #d0519bfb
+def _map_under(
+    rankings:list[list[_Ranking]], # of each seed, of each class
+    weights:np.ndarray, # (N, R) how often each resample holds each picture
+) -> np.ndarray: # (R,)
+    "mAP of one model in each resample, mean over its seeds."
+    ap = np.array([[ranking.ap(weights) for ranking in seed] for seed in rankings]) # (S, C, R)
+    return _mean_of_present(ap).mean(0)
+
 def _resampled_map(
     models:list[np.ndarray], # each (S, N, C): its seeds' scores
     y:np.ndarray, # (N, C) bool
     n:int, # resamples
-    seed:int,
+    seed:int, # of the draws
 ) -> np.ndarray: # (models, n) mAP, mean over seeds, in the same resamples for all
     "mAP of each model in each resample, over the classes that the resample holds a positive of."
-    rankings = [[[_Ranking(s[:, c], y[:, c]) for c in np.flatnonzero(y.any(0))] for s in m] for m in models]
-    blocks = []
-    for weights in _resamples(len(y), n, seed):
-        ap = [[[r.ap(weights) for r in per_class] for per_class in m] for m in rankings] # (models, S, C, R)
-        blocks.append(np.stack([_mean_of_present(np.array(m)).mean(0) for m in ap]))
+    classes = np.flatnonzero(y.any(0))
+    rankings = [[[_Ranking(s[:, c], y[:, c]) for c in classes] for s in m] for m in models]
+    blocks = [[_map_under(r, weights) for r in rankings] for weights in _resamples(len(y), n, seed)]
     return np.concatenate(blocks, axis=1)
 
 # %% ../nbs/09_metrics.ipynb #49fd911c
 def _interval(
     drawn:np.ndarray, # (R,) the statistic in each resample; nan: it has none
-    level:float=0.95,
+    level:float=0.95, # what it is to hold
     centre:float|None=None, # move the resamples' mean here
 ) -> tuple[float, float]: # low, high
     "The middle `level` of the resamples."
@@ -299,48 +342,60 @@ def _interval(
     shift = 0 if centre is None else centre - np.nanmean(drawn)
     return float(low + shift), float(high + shift)
 
+def _mean_map(
+    scores:np.ndarray, # (S, N, C)
+    y:np.ndarray, # (N, C) bool
+) -> float: # mAP
+    "The mean over seeds."
+    return float(np.mean([mean_average_precision(s, y) for s in scores]))
+
 def paired_bootstrap(
     scores_a, # (N, C), or (S, N, C) for S seeds
     scores_b, # (N, C), or (S, N, C); the number of seeds may differ
     y, # (N, C) 0 or 1
     n:int=1000, # resamples
-    seed:int=0,
+    seed:int=0, # of the draws
     level:float=0.95, # of the interval
 ) -> tuple[float, float, float]: # mAP of a minus mAP of b, low, high
-    "The difference of two mAPs with an interval over test pictures: both models see the same resamples."
+    "The difference of two mAPs with its interval: both models see the same resampled pictures."
     (a, y), (b, _) = _seeds(scores_a, y), _seeds(scores_b, y)
-    difference = float(np.subtract(*(np.mean([mean_average_precision(s, y) for s in m]) for m in (a, b))))
     drawn = np.subtract(*_resampled_map([a, b], y, n, seed))
-    return difference, *_interval(drawn, level)
+    return _mean_map(a, y) - _mean_map(b, y), *_interval(drawn, level)
 
 # %% ../nbs/09_metrics.ipynb #7c2ce413
 def bootstrap(
     scores, # (N, C), or (S, N, C) for S seeds
     y, # (N, C) 0 or 1
     n:int=1000, # resamples
-    seed:int=0,
+    seed:int=0, # of the draws
     level:float=0.95, # of the interval
 ) -> tuple[float, float, float]: # mAP, low, high
     "mAP (its mean over seeds) with an interval over test pictures."
     scores, y = _seeds(scores, y)
-    value = float(np.mean([mean_average_precision(s, y) for s in scores]))
+    value = _mean_map(scores, y)
     drawn = _resampled_map([scores], y, n, seed)[0]
     low, high = _interval(drawn, level, centre=value)
     return value, max(low, 0.0), min(high, 1.0)
 
 # %% ../nbs/09_metrics.ipynb #19670e47
 class Accumulator:
-    "Scores and labels as they come, batch by batch and process by process; each picture counts once."
+    "Scores and labels as they come, by batch and by process; each picture counts once."
     def __init__(self): self.rows = {} # image_id -> (scores (C,), labels (C,))
     def __len__(self) -> int: return len(self.rows)
 
-    def update(self, scores, y, image_id) -> "Accumulator": # (B, C), (B, C), (B,) -> itself
+    def update(self,
+        scores, # (B, C)
+        y, # (B, C) 0 or 1
+        image_id, # (B,)
+    ) -> "Accumulator": # itself
         "Add a batch; a picture that is there already is left as it is."
         scores, y = _checked(scores, y, ndim=2)
-        if len(image_id) != len(y): raise MetricError(f"{len(y)} rows of scores came with {len(image_id)} image ids")
+        if len(image_id) != len(y):
+            raise MetricError(f"{len(y)} rows of scores came with {len(image_id)} image ids")
         for i, s, t in zip(_numpy(image_id).tolist(), scores, y):
             if (self.rows.setdefault(i, (s, t))[1] != t).any():
-                raise MetricError(f"picture {i} came twice, with different labels: are the image ids right?")
+                raise MetricError(f"picture {i} came twice, with different labels: "
+                                  "are the image ids right?")
         return self
 
     def stack(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (N, C), bool (N, C), (N,)

@@ -75,7 +75,7 @@ def check_runaway(
     if now() < 50: parameters[0].data += 200  # the value itself is stored, not its logarithm
     if (before := now()) > 100.1: return f"after a step too far it is {before:.0f}, not 100 at most"
     if next(scale.parameters()) is not parameters[0]:
-        return "forward replaces the parameter, and the optimizer holds the old one: change it in place"
+        return "forward replaces the parameter, the optimizer holds the old one: change it in place"
     if not scale().requires_grad: return "it has no gradient: no_grad is for the clamp alone"
     optimizer = torch.optim.SGD(parameters, lr=0.01)
     for _ in range(20):

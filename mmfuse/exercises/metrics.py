@@ -16,16 +16,19 @@ from ..metrics import average_precision, paired_bootstrap
 def check_the_envelope(
     envelope_ap, # the reader's function (scores (N,), y (N,) 0 or 1) -> AP
 ) -> str|None: # what is not right yet
-    "The area under the best precision at the same or a higher recall, on six pictures and on random ones."
+    "The area under the best precision at a recall at least as high, on three lists of pictures."
     rng = np.random.default_rng(0)
     for n in (6, 40, 200):
         scores = rng.permutation(n) / n
         y = (rng.random(n) < 0.3).astype(int)
         if n == 6: scores, y = np.array([.9, .8, .7, .6, .5, .4]), np.array([1, 0, 1, 1, 0, 0])
         precision, recall, _ = precision_recall_curve(y, scores)
-        right = np.mean([precision[recall >= k / y.sum() - 1e-9].max() for k in range(1, y.sum() + 1)])
+        steps = np.arange(1, y.sum() + 1) / y.sum() # the recall at each positive
+        right = np.mean([precision[recall >= r - 1e-9].max() for r in steps])
         got, plain = envelope_ap(scores, y), average_precision(scores, y)
-        if not np.isclose(got, right): return f"on {n} pictures it is {got:.3f} where the area is {right:.3f} (without an envelope: {plain:.3f})"
+        if not np.isclose(got, right):
+            return (f"on {n} pictures it is {got:.3f} where the area is {right:.3f} "
+                    f"(without an envelope: {plain:.3f})")
 
 # %% ../../nbs/solutions/09_metrics.ipynb #s09c2
 @checks("09.2", "Top three")
@@ -39,10 +42,13 @@ def check_top_three(
     scores = rng.normal(size=y.shape) + y # no probabilities: many lie below 0
     best = [set(sorted(range(8), key=lambda c: -row[c])[:3]) for row in scores]
     chosen = np.array([[c in b for c in range(8)] for b in best])
-    cp, cr = precision_score(y, chosen, average="macro", zero_division=0), recall_score(y, chosen, average="macro")
+    cp = precision_score(y, chosen, average="macro", zero_division=0)
+    cr = recall_score(y, chosen, average="macro")
     right = 2 * cp * cr / (cp + cr), f1_score(y, chosen, average="micro")
     got = top3_f1(scores, y)
-    if not np.allclose(got, right): return f"CF1, OF1 are {got[0]:.3f}, {got[1]:.3f} where {right[0]:.3f}, {right[1]:.3f} are right"
+    if not np.allclose(got, right):
+        return (f"CF1, OF1 are {got[0]:.3f}, {got[1]:.3f} "
+                f"where {right[0]:.3f}, {right[1]:.3f} are right")
 
 # %% ../../nbs/solutions/09_metrics.ipynb #s09c3
 @checks("09.3", "Find the bug: an overall precision")
@@ -58,7 +64,9 @@ def check_overall_precision(
         chosen[:, most:] = False
         got, right = copied_of1(chosen.copy(), y.copy()), f1_score(y, chosen, average="micro")
         unused = int((~chosen.any(0)).sum())
-        if not np.isclose(got, right): return f"with {unused} classes that are never predicted it is {got:.3f} where {right:.3f} is right"
+        if not np.isclose(got, right):
+            return (f"with {unused} classes that are never predicted it is {got:.3f} "
+                    f"where {right:.3f} is right")
     with np.errstate(all="ignore"): got = copied_of1(np.zeros_like(y), y.copy())
     if got != 0: return f"when nothing is predicted it is {got} where 0 is right"
 
@@ -73,17 +81,21 @@ def check_wide_interval(
     shared = rng.normal(size=y.shape)
     a, b = (k * y + shared + 0.3 * rng.normal(size=y.shape) for k in (1.5, 1.2))
     for seed in (0, 1):
-        got, right = slow_interval(a, b, y, 60, seed), paired_bootstrap(a, b, y, n=60, seed=seed)[1:]
+        got = slow_interval(a, b, y, 60, seed)
+        right = paired_bootstrap(a, b, y, n=60, seed=seed)[1:]
         if not np.allclose(got, right, atol=1e-5):
-            return f"the interval is [{got[0]:.3f}, {got[1]:.3f}] where the paired one is [{right[0]:.3f}, {right[1]:.3f}]"
+            return (f"the interval is [{got[0]:.3f}, {got[1]:.3f}] "
+                    f"where the paired one is [{right[0]:.3f}, {right[1]:.3f}]")
 
 # %% ../../nbs/solutions/09_metrics.ipynb #s09c5
 @checks("09.5", "How many pictures?")
 def check_how_many_pictures(
     pictures_needed, # the reader's function (n, width, d) -> pictures
 ) -> str|None: # what is not right yet
-    "Four times the pictures, half the width; the interval must be at most twice as wide as the difference."
-    for n, width, d, right in ((400, 0.02, 0.01, 400), (400, 0.04, 0.01, 1600), (1000, 0.1, 0.01, 25_000)):
+    "Four times the pictures, half the width; it may be at most twice as wide as the difference."
+    cases = (400, 0.02, 0.01, 400), (400, 0.04, 0.01, 1600), (1000, 0.1, 0.01, 25_000)
+    for n, width, d, right in cases:
         got = pictures_needed(n, width, d)
         if not 0.99 * right <= got <= 1.01 * right + 1:
-            return f"an interval {width:g} wide on {n} pictures, a difference of {d:g}: you say {got:,.0f}, about {right:,} is right"
+            return (f"an interval {width:g} wide on {n} pictures, a difference of {d:g}: "
+                    f"you say {got:,.0f}, about {right:,} is right")
