@@ -401,7 +401,7 @@ def diagnose(
     encoders = dict(image_encoder=image_encoder, text_encoder=text_encoder)
     check_experiment(data, train_split, test_split, folds=folds,
                      encoders=tuple(encoders.values()), out=out)
-    from mmfuse.diagnostics import diagnose as judge, text_report
+    from mmfuse.verdict import diagnose as judge, text_report
     found = judge(data, run=run, arms=names, train_split=train_split, test_split=test_split,
                   folds=folds, n=n, out=out, cache_dir=cache_dir, **encoders)
     print(text_report(found))

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mmfuse.diagnostics import (attention_maps, collect, diagnose, emap, gradient_share, modality_shapley, pair_grid, permutation_score, report,
-                                robustness_curve, text_report, token_shapley)
+from mmfuse.diagnostics import (attention_maps, emap, gradient_share, modality_shapley, pair_grid, permutation_score,
+                                robustness_curve, token_shapley)
 from mmfuse.files import MmfuseError
 from mmfuse.fusion import HEADS, make_head
 from mmfuse.token_cache import Tokens
+from mmfuse.verdict import collect, diagnose, report, text_report
 
 N, P, T, DI, DT, C = 6, 4, 5, 12, 8, 3
 
@@ -114,6 +115,14 @@ def test_two_folds_are_judged_together():
     halves = [collect(Table(f), toks.subset(slice(s, s + 4)), permutations=2) for s in (0, 4)]
     r = report(halves, resamples=20)
     assert r["pictures"] == 8 and r["mAP"] == pytest.approx(report([collect(Table(f), toks, permutations=2)], resamples=20)["mAP"])
+
+
+def test_a_head_that_says_nothing_gets_a_report_that_json_can_hold():
+    img, txt, mask = numbered(6)
+    y = (torch.arange(6)[:, None] % torch.tensor([2, 3]) == 0).float()
+    toks = Tokens(img.numpy(), txt.numpy()[:, None], mask.numpy()[:, None], y.numpy(), np.arange(6), np.zeros((2, 1), "f4"), ["a", "b"])
+    r = report([collect(Table(torch.ones(6, 6, 2)), toks, permutations=2)], resamples=20)
+    assert json.loads(json.dumps(r, allow_nan=False)) == r and r["verdict"].startswith("It reads neither")
 
 
 XOR = torch.tensor([[0., 1], [1, 0]]).unsqueeze(-1)
@@ -224,6 +233,20 @@ def test_what_cannot_be_asked():
         permutation_score(head, *x, y, modality="sound")
     with pytest.raises(MmfuseError, match="'missing' or 'contradicting'"):
         robustness_curve(head, *x, y, modality="text", how="wrong")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["joint", "concat", "label_query"])
+def test_on_a_gpu_it_reads_the_same(name):
+    head, x, y = awake(name), tokens(12), (torch.arange(12)[:, None] % torch.tensor([2, 3, 4]) == 0).float()
+    def readings(device):
+        head.to(device)
+        img, txt, mask = (a.to(device) for a in x)
+        places, words = token_shapley(head, img[0], txt[0], mask[0], 0, background=img.mean((0, 1)), n=2)
+        curve = robustness_curve(head, img, txt, mask, y.to(device), modality="text", how="contradicting")
+        return [*(m.cpu() for m in vars(pair_grid(head, img, txt, mask)).values()), places.cpu(), words.cpu(), torch.tensor(curve)]
+    for a, b in zip(readings("cpu"), readings("cuda")):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def command(*args):
