@@ -18,11 +18,11 @@ from ..token_fusion import Block, LabelQueryHead, class_attention
 def _seeded(*shape:int, seed:int=0) -> Tensor: # standard normal
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
-def _layer(**kwargs) -> nn.MultiheadAttention: # 32 wide, 4 heads, the same weights each time
+def _layer(**kwargs) -> nn.MultiheadAttention: # 32 wide, 4 heads, the same weights each time, biases as if trained
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layer = nn.MultiheadAttention(32, 4, **kwargs).eval()
-        for bias in (layer.in_proj_bias, layer.out_proj.bias): nn.init.normal_(bias)  # as if trained
+        for bias in (layer.in_proj_bias, layer.out_proj.bias): nn.init.normal_(bias)
         return layer
 
 def _differs(
