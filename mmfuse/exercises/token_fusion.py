@@ -18,7 +18,8 @@ from ..token_fusion import Block, LabelQueryHead, class_attention
 def _seeded(*shape:int, seed:int=0) -> Tensor: # standard normal
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
-def _layer(**kwargs) -> nn.MultiheadAttention: # 32 wide, 4 heads, the same weights each time, biases as if trained
+def _layer(**kwargs) -> nn.MultiheadAttention: # 32 wide, 4 heads
+    "The same weights each time, and biases as if they were trained."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layer = nn.MultiheadAttention(32, 4, **kwargs).eval()
