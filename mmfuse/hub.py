@@ -118,24 +118,26 @@ def hashed_file(
     "A file of torchvision's: local first, then the network once, checked in both cases."
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
     prefix = path.stem.rsplit("-", 1)[-1]
-    if not path.is_file():
-        why = unreachable(url)
-        if why:
-            raise MmfuseError(f"no weights of '{name}' in '{path.parent}' ($TORCH_HOME), and "
-                              f"{urlsplit(url).netloc} cannot be reached ({why}): "
-                              f"connect, put '{path.name}' there, "
-                              "or choose tiny or efficientnet_lite0")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=True)
-        except (OSError, RuntimeError) as e:
-            why = first_line(e)
-            raise MmfuseError(f"cannot get the weights of '{name}' from {url}: {why}") from None
+    if not path.is_file(): _fetch(url, path, prefix, name)
     digest = sha256(path)
     if not digest.startswith(prefix):
         raise MmfuseError(f"'{path}' is damaged (its SHA-256 begins {digest[:8]}, not {prefix}): "
                           "delete it and get it again")
     return path
+
+def _fetch(url:str, path:Path, prefix:str, name:str):
+    "Get a file whole, or not at all; `MmfuseError` says what to do without a network."
+    why = unreachable(url)
+    if why:
+        raise MmfuseError(f"no weights of '{name}' in '{path.parent}' ($TORCH_HOME), and "
+                          f"{urlsplit(url).netloc} cannot be reached ({why}): connect, put "
+                          f"'{path.name}' there, or choose tiny or efficientnet_lite0")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=True)
+    except (OSError, RuntimeError) as e:
+        why = first_line(e)
+        raise MmfuseError(f"cannot get the weights of '{name}' from {url}: {why}") from None
 
 # %% ../nbs/appendix/hub.ipynb #66b74202
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
@@ -148,8 +150,13 @@ def parts(
     return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
 
 # %% ../nbs/appendix/hub.ipynb #0c168ea5
-def _snapshot(repo:str, need:list[tuple[str, ...]], want:tuple[str, ...], revision:str|None,
-              local:bool) -> Path:
+def _snapshot(
+    repo:str, # `owner/model`
+    need:list[tuple[str, ...]], # groups of files: one of each must be there
+    want:tuple[str, ...], # files that are taken if they exist
+    revision:str|None, # a commit, a tag or a branch
+    local:bool, # ask nobody
+) -> Path: # a folder of the hub's cache
     "The folder that holds one file of each group in `need`, and those of `want` that exist."
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

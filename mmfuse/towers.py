@@ -32,7 +32,7 @@ class Tower(nn.Module):
         self.patch = getattr(model.config, "patch_size", None)
         if isinstance(self.patch, int): self.patch = (self.patch, self.patch)
         takes = inspect.signature(model.forward).parameters
-        self.more = {k: True for k in ("interpolate_pos_encoding",) if k in takes}
+        self.more = {k: True for k in ("interpolate_pos_encoding",) if k in takes} # for any size
         if hasattr(model, "post_layernorm"): self.norm_all = self._norms_only_class()
 
     @torch.no_grad()
