@@ -24,8 +24,8 @@ DOCS = ROOT / "_docs"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 CHAPTERS = [p.stem.split("_", 1)[1] for p in sorted((ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"))]
 TERMS = {"data": "crowd", "preprocessing": "WordPiece", "image_encoder": "BatchNorm", "text_encoder": "UNK", "attention": "softmax", "pooled_fusion": "ModDrop",
-         "multiplicative_fusion": "FiLM", "token_fusion": "bottleneck", "losses": "focal", "alignment": "InfoNCE", "metrics": "bootstrap", "training": "schedule", "longer": "clipping", "balance": "OGM-GE", "coco": "ledger",
-         "is_it_fusion": "EMAP", "your_own": "from_pretrained"}
+         "multiplicative_fusion": "FiLM", "token_fusion": "bottleneck", "losses": "focal", "alignment": "InfoNCE", "metrics": "bootstrap", "training": "schedule", "longer": "clipping", "balance": "OGM-GE", "arms": "hold-out",
+         "coco": "ledger", "is_it_fusion": "EMAP", "your_own": "from_pretrained"}
 # What decides a colour is the chain of classes: of equal pieces of code and of formulas, one of each chain is enough for the contrast.
 # axe does not count a formula as the text of a header.
 ONE_OF_EACH = """() => {
