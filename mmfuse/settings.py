@@ -16,6 +16,23 @@ from typing import get_args, get_type_hints
 
 from .files import MmfuseError, atomic
 
+# %% ../nbs/appendix/settings.ipynb #5e830063
+_RANGE = dict(width=(1, 1e6), epochs=(1, 1e9), lr=(0, 1e9), weight_decay=(0, 1e9),
+              batch_size=(1, 1e9), accumulate=(1, 1e6), modality_dropout=(0, 1),
+              clip=(0, 1e9), ema=(0, 0.999999), patience=(0, 1e9), seed=(0, 2**63 - 1),
+              head_epochs=(0, 1e9), encoder_lr=(0, 1e3), workers=(0, 256),
+              save_seconds=(0, 1e9), keep=(0, 1e6))
+def _typed(name:str, value, kind): # the value; a whole number as a float where a float is wanted
+    "A setting's value; `MmfuseError` if it has another type or is out of range."
+    if kind is float and type(value) is int: value = float(value)
+    kinds = get_args(kind) or (kind,)
+    if type(value) not in kinds:
+        raise MmfuseError(f"'{name}' must be {kinds[0].__name__}, not {value!r}")
+    low, high = _RANGE.get(name, (None, None))
+    if low is not None and not low <= value <= high:
+        raise MmfuseError(f"'{name}' must be between {low} and {high:g}, not {value}")
+    return value
+
 # %% ../nbs/appendix/settings.ipynb #27d9dfba
 @dataclass(frozen=True)
 class Settings:
@@ -40,40 +57,23 @@ class Settings:
     compile:bool = False # torch.compile: pays on a GPU, after a minute
     seed:int = 0 # what everything random begins from
     end_to_end:bool = False # train the encoders too, from pictures and captions
-    head_epochs:int = 1 # end to end: epochs in which the head learns alone, before the encoders join
-    encoder_lr:float = 0.1 # end to end: the rate of the encoders' last blocks, as a share of the head's
+    head_epochs:int = 1 # end to end: epochs in which the head learns alone, at first
+    encoder_lr:float = 0.1 # end to end: rate of the encoders' last blocks, as a share of `lr`
     workers:int = 2 # end to end: processes that decode pictures
     save_seconds:float = 5.0 # between two checkpoints in an epoch; 0: after every step
     keep:int = 2 # checkpoints of the last epochs that are kept
 
     def __post_init__(self):
-        for f, kind in get_type_hints(Settings).items():
-            object.__setattr__(self, f, _typed(f, getattr(self, f), kind))
+        for name, kind in get_type_hints(Settings).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise MmfuseError(f"'precision' is fp32, bf16 or fp16, not '{self.precision}'")
-
-# %% ../nbs/appendix/settings.ipynb #5e830063
-_RANGE = dict(width=(1, 1e6), epochs=(1, 1e9), lr=(0, 1e9), weight_decay=(0, 1e9),
-              batch_size=(1, 1e9), accumulate=(1, 1e6), modality_dropout=(0, 1),
-              clip=(0, 1e9), ema=(0, 0.999999), patience=(0, 1e9), seed=(0, 2**63 - 1),
-              head_epochs=(0, 1e9), encoder_lr=(0, 1e3), workers=(0, 256),
-              save_seconds=(0, 1e9), keep=(0, 1e6))
-def _typed(name:str, value, kind): # the value
-    "A setting's value, a whole number as a float where a float is wanted; `MmfuseError` if it has another type or is out of range."
-    if kind is float and type(value) is int: value = float(value)
-    kinds = get_args(kind) or (kind,)
-    if type(value) not in kinds:
-        raise MmfuseError(f"'{name}' must be {kinds[0].__name__}, not {value!r}")
-    low, high = _RANGE.get(name, (None, None))
-    if low is not None and not low <= value <= high:
-        raise MmfuseError(f"'{name}' must be between {low} and {high:g}, not {value}")
-    return value
 
 # %% ../nbs/appendix/settings.ipynb #d5927a4a
 def read_settings(
     config:str|Path|None=None, # a TOML file whose keys are fields of `Settings`
     **flags, # fields that are given by hand, which win; None: not given
-) -> Settings:
+) -> Settings: # checked
     "Settings from a file and from flags."
     values = {}
     if config:
@@ -82,14 +82,14 @@ def read_settings(
         except ValueError as e: raise MmfuseError(f"'{config}' is not TOML: {e}") from None
     known = [f.name for f in fields(Settings)]
     for name in values:
+        if name in known: continue
         close = get_close_matches(name, known, 1)
-        if name not in known:
-            raise MmfuseError(f"'{config}' has an unknown setting '{name}'" + (f": did you mean "
-                f"'{close[0]}'?" if close else f"; there are: {', '.join(known)}"))
+        advice = f": did you mean '{close[0]}'?" if close else f"; there are: {', '.join(known)}"
+        raise MmfuseError(f"'{config}' has an unknown setting '{name}'{advice}")
     return Settings(**values | {k: v for k, v in flags.items() if v is not None})
 
 # %% ../nbs/appendix/settings.ipynb #baa9e5b9
-_FREE = ("save_seconds", "keep", "workers")
+_FREE = ("save_seconds", "keep", "workers") # these do not change what a training ends in
 def check_run(
     out:Path, # the run's folder
     settings:Settings, # what is asked for
@@ -100,7 +100,7 @@ def check_run(
     there = [n for n in ("config.json", "last", "best", "metrics.jsonl") if (out / n).exists()]
     if there and not resume:
         raise MmfuseError(f"'{out}' holds a run already ('{there[0]}'): go on with --resume, or "
-                          f"choose another --out")
+                          "choose another --out")
     if there and not config.is_file():
         raise MmfuseError(f"'{out}' holds '{there[0]}' but no config.json: choose another --out")
     if not there: return False
@@ -108,8 +108,7 @@ def check_run(
     except (OSError, ValueError, TypeError) as e:
         raise MmfuseError(f"'{config}' is damaged ({e}): choose another --out") from None
     for name, new in asdict(settings).items():
-        was = old.get(name, getattr(Settings,
-                                    name))  # a field that did not exist yet had its default
+        was = old.get(name, getattr(Settings, name))  # a new field had its default
         if name not in _FREE and was != new:
             raise MmfuseError(f"'{out}' was begun with {name} = {was}, not {new}: go on with the "
                               f"old value, or choose another --out")

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mmfuse.checkpoints import Folder, load_tensors
 from mmfuse.files import MmfuseError
 from mmfuse.settings import Settings, read_settings
 from mmfuse.token_cache import Tokens
@@ -123,15 +124,15 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("arm", ["joint", "concat", "late", "label_query"])
 def test_killed_at_any_step_and_any_write(arm, tmp_path, monkeypatch):
-    from mmfuse import runs
+    from mmfuse import checkpoints
     here(tmp_path / "whole", arm=arm, save_seconds=0.0)
-    real, calls, chance = runs.save_tensors, [0], random.Random(1)
+    real, calls, chance = checkpoints.save_tensors, [0], random.Random(1)
     def dying(*args, **kwargs):
         calls[0] -= 1
         if calls[0] < 0:
             raise Killed
         real(*args, **kwargs)
-    monkeypatch.setattr(runs, "save_tensors", dying)
+    monkeypatch.setattr(checkpoints, "save_tensors", dying)
     for _ in range(100):
         calls[0] = chance.randrange(1, 12)
         try:
@@ -285,6 +286,15 @@ def test_a_figure_at_the_end(tmp_path):
         assert picture.size == (600, 300) and len(picture.getcolors(10000)) > 5
 
 
+def test_the_figure_leaves_pyplot_alone(tmp_path, monkeypatch):
+    "Pyplot's first figure sets up a notebook's display; inside `rc_context` that was undone, and later figures were not shown."
+    import matplotlib.pyplot as plt
+    from mmfuse.checkpoints import draw_curves
+    monkeypatch.setattr(plt, "figure", None)
+    draw_curves([dict(epoch=1, train_loss=0.5, val_map=0.5)], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_an_exploding_loss_stops_before_it_is_infinite(tmp_path):
     with pytest.raises(MmfuseError, match=r"the loss is [1-9]\d{3,}.* on the pictures \[1\d\d, ") as e:
         here(tmp_path, arm="cross_attention", lr=100.0, epochs=50, weight_decay=0.0, save_seconds=0.0)
@@ -327,7 +337,7 @@ def test_half_precision_goes_on_with_its_scaler(tmp_path, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(Dead):
         m.setattr(runs, "step", dying)
         here(tmp_path / "killed", **half)
-    _, numbers = runs.load_tensors(tmp_path / "killed" / "last" / "checkpoint.safetensors")
+    _, numbers = load_tensors(tmp_path / "killed" / "last" / "checkpoint.safetensors")
     assert numbers["scaler"]["scale"] == 256.0
     seen = []
     monkeypatch.setattr(runs, "step", lambda trainer: (seen.append(trainer.accelerator.scaler.get_scale()), real(trainer))[1])
@@ -490,21 +500,21 @@ def test_a_full_disk_keeps_the_old_checkpoint(server, tmp_path):
     stopped.join()
     assert stopped.exitcode == 2
     assert not list(tmp_path.rglob("*.part"))
-    from mmfuse import runs
+    from mmfuse import checkpoints
     path = tmp_path / "x.safetensors"
-    runs.save_tensors(path, {"a": torch.zeros(4)})
+    checkpoints.save_tensors(path, {"a": torch.zeros(4)})
     child = server.Process(target=write_too_much, args=(path,))
     child.start()
     child.join()
     assert child.exitcode == 2
-    assert runs.load_tensors(path)[0]["a"].shape == (4,)
+    assert checkpoints.load_tensors(path)[0]["a"].shape == (4,)
 
 
 def write_too_much(path):
-    from mmfuse import runs
+    from mmfuse import checkpoints
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
     try:
-        runs.save_tensors(path, {"a": torch.zeros(4000)})
+        checkpoints.save_tensors(path, {"a": torch.zeros(4000)})
     except MmfuseError as e:
         os._exit(2 if "untouched" in str(e) and "\n" not in str(e) else 3)
 
@@ -527,12 +537,10 @@ def test_ctrl_c_saves(server, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     process.join(20)
     assert process.exitcode == 130
-    from mmfuse.runs import load_tensors
     assert load_tensors(tmp_path / "a" / "last" / "checkpoint.safetensors")[1]["progress"]["step"] > 0
 
 
 def test_one_process_at_a_time(tmp_path):
-    from mmfuse.runs import Folder
     with Folder(tmp_path, "").alone(), pytest.raises(MmfuseError, match="another process"):
         here(tmp_path)
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = """files hub viz metrics losses annotations data toy download shards preprocessing towers image_encoder text_encoder token_cache attention
-pooled_fusion multiplicative_fusion token_fusion named fusion alignment training balance settings feeds runs arms ledger diagnostics verdict own_data classifier exercises cli""".split()
+pooled_fusion multiplicative_fusion token_fusion named fusion alignment training balance settings feeds checkpoints trainer runs arms ledger diagnostics verdict own_data classifier exercises cli""".split()
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,9 @@ from mmfuse.files import atomic, provenance
 from mmfuse.fusion import make_head
 from mmfuse.image_encoder import make_image_encoder
 from mmfuse.losses import bce
-from mmfuse.runs import Trainer, make_accelerator, step
 from mmfuse.settings import Settings
 from mmfuse.text_encoder import TextEncoder, make_text_encoder
+from mmfuse.trainer import Trainer, make_accelerator, step
 
 OUT = Path(__file__).resolve().parents[2] / "nbs" / "results" / "training_gpu.json"
 CLASSES, TOKENS, STEPS, WARM = 80, 16, 30, 10

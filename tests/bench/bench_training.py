@@ -7,7 +7,7 @@ Seconds are processor time of this process on one thread, loading included, so t
 in turns. `time`: frozen EfficientNet-Lite0 and MiniLM on the real pictures of $MMFUSE_COCO, those of folds 1 to 4 to train on and
 fold 0 to judge on. The article's loop runs both encoders in each epoch; since they are frozen, its mAP after each epoch follows from
 tokens that are encoded once, and its time is that of one measured epoch times their number. `overhead`: bare forward, backward and
-step against `mmfuse.runs.step`, in turns, on the same batch.
+step against `mmfuse.trainer.step`, in turns, on the same batch.
 """
 
 import json
@@ -36,11 +36,11 @@ from mmfuse.image_encoder import make_image_encoder
 from mmfuse.losses import bce
 from mmfuse.metrics import mean_average_precision
 from mmfuse.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from mmfuse.runs import Objective, Trainer, make_accelerator, step
 from mmfuse.settings import Settings
 from mmfuse.text_encoder import TextEncoder, make_text_encoder
 from mmfuse.token_cache import cache_tokens
 from mmfuse.toy import toy_coco
+from mmfuse.trainer import Objective, Trainer, make_accelerator, step
 from mmfuse.training import fit, predict, take
 
 ROOT = Path(__file__).resolve().parents[2]

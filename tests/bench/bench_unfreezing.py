@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from mmfuse.data import CocoPairs
+from mmfuse.feeds import PictureFeed
 from mmfuse.files import atomic, provenance
 from mmfuse.metrics import mean_average_precision, paired_bootstrap
 from mmfuse.runs import load_head, train_end_to_end
-from mmfuse.feeds import PictureFeed
-from mmfuse.runs import make_accelerator
 from mmfuse.settings import Settings
 from mmfuse.toy import toy_coco
+from mmfuse.trainer import make_accelerator
 
 OUT = Path(__file__).resolve().parents[2] / "nbs" / "results" / "unfreezing.json"
 EPOCHS, SEEDS = 3, 2
