@@ -52,7 +52,10 @@ def branch_norms(
     model:TwoBranches, # after `backward`
 ) -> tuple[float, float]: # image, text
     "The length of the gradient of each branch."
-    return tuple(math.sqrt(sum(p.grad.square().sum().item() for p in branch.parameters() if p.grad is not None)) for branch in (model.image, model.text))
+    def norm(branch):
+        gradients = [p.grad for p in branch.parameters() if p.grad is not None]
+        return math.sqrt(sum(g.square().sum().item() for g in gradients))
+    return norm(model.image), norm(model.text)
 
 # %% ../nbs/10b_balance.ipynb #830cfa8c
 def ogm_factors(
@@ -60,8 +63,8 @@ def ogm_factors(
     text:Tensor, # of the text's
     y:Tensor, # labels (B, C)
     alpha:float=0.3, # how strongly the leader is held back
-) -> tuple[float, float]: # factors for the gradients of image and text, 1 for the one that is behind
-    "On-the-fly gradient modulation (Peng et al. 2022, equations 9 and 10), for several labels at once."
+) -> tuple[float, float]: # factors for the gradients of image and text; 1 for who is behind
+    "On-the-fly gradient modulation (Peng et al. 2022, equations 9 and 10), for several labels."
     s = [(logits.detach().sigmoid() * y).sum().item() for logits in (image, text)]
     ratios = s[0] / max(s[1], 1e-9), s[1] / max(s[0], 1e-9)
     return tuple(1 - math.tanh(alpha * r) if r > 1 else 1.0 for r in ratios)
@@ -73,7 +76,7 @@ def blend_weights(
     val_before:Tensor, # on other pictures
     val_after:Tensor,
 ) -> Tensor: # (K,), they add up to 1; 0 for a part that has gained nothing
-    "Gradient blending's weights: gain over squared growth of the gap (Wang et al. 2020, equation 5)."
+    "Weights of a blend: gain over squared growth of the gap (Wang et al. 2020, equation 5)."
     gain = (val_before - val_after).clamp(min=0)
     gap = ((val_after - train_after) - (val_before - train_before)).clamp(min=1e-3)
     weights = gain / gap.square()
@@ -82,30 +85,11 @@ def blend_weights(
     return weights / weights.sum()
 
 # %% ../nbs/10b_balance.ipynb #82a546c1
-def _objective(model:TwoBranches, y:Tensor, inputs:tuple, blend:Tensor|None,
-               only:str|None) -> tuple[Tensor, Tensor, Tensor]:
-    "The loss of the sum, of one branch, or the blend of image, text and sum; and the branches' logits."
-    image, text = model.branches(*inputs)
-    if only: return bce(image if only == "image" else text, y), image, text
-    losses = torch.stack([bce(x, y) for x in ((image, text,
-                                               image + text) if blend is not None else (image + text,))])
-    return losses.mean() if blend is None else (blend * losses).sum(), image, text
-
-def _modulate(model:TwoBranches, factors:tuple[float, float], noise:bool,
-              generator:torch.Generator):
-    "Scale the gradients of both branches; add noise of their own deviation."
-    for branch, k in zip((model.image, model.text), factors):
-        for p in branch.parameters():
-            if p.grad is None: continue
-            spread = p.grad.std().item() if noise and p.numel() > 1 else 0.0
-            p.grad.mul_(k)
-            if spread: p.grad.add_(torch.randn(p.shape, generator=generator) * spread)
-
 @torch.no_grad()
 def judge(
     model:TwoBranches, # left in the mode it was in
     tokens:Tokens, # of the pictures to judge on
-) -> dict: # logits (N, C) and mAP of "image", "text" and "both", and "losses" (3,)
+) -> dict: # "logits" (N, C) and "mAP" of "image", "text" and "both"; "losses" (3,) in that order
     "Each branch alone, and their sum, on the first caption."
     mode = model.training
     *inputs, y = take(tokens, torch.arange(len(tokens)), torch.zeros(len(tokens)).long())
@@ -114,6 +98,35 @@ def judge(
     logits = dict(image=image, text=text, both=image + text)
     return dict(logits=logits, mAP={k: mean_average_precision(x, y) for k, x in logits.items()},
                 losses=torch.stack([bce(x, y) for x in logits.values()]))
+
+# %% ../nbs/10b_balance.ipynb #w9loop1
+def _objective(
+    model:TwoBranches, # in training mode
+    y:Tensor, # (B, C)
+    inputs:tuple, # img, txt, mask
+    blend:Tensor|None, # weights of the losses of image, text and sum (3,); None: the sum's alone
+    only:str|None, # "image" or "text": the loss of this branch alone
+) -> tuple[Tensor, Tensor, Tensor]: # the loss (); logits of image and text (B, C)
+    "What a step makes smaller, and what the branches said."
+    image, text = model.branches(*inputs)
+    said = dict(image=image, text=text, both=image + text)
+    if blend is None or only: loss = bce(said[only or "both"], y)
+    else: loss = (blend * torch.stack([bce(x, y) for x in said.values()])).sum()
+    return loss, image, text
+
+def _modulate(
+    model:TwoBranches, # its gradients are changed in place
+    factors:tuple[float, float], # of image and text
+    noise:bool, # add noise of each gradient's own deviation
+    generator:torch.Generator, # where noise comes from
+):
+    "Scale the gradients of both branches."
+    for branch, k in zip((model.image, model.text), factors):
+        for p in branch.parameters():
+            if p.grad is None: continue
+            spread = p.grad.std().item() if noise and p.numel() > 1 else 0.0
+            p.grad.mul_(k)
+            if spread: p.grad.add_(torch.randn(p.shape, generator=generator) * spread)
 
 # %% ../nbs/10b_balance.ipynb #cfd526dd
 def train_branches(
@@ -128,12 +141,11 @@ def train_branches(
     noise:bool=False, # OGM-GE's noise
     blend:Tensor|None=None, # weights of the losses of image, text, both (3,)
     seed:int=0, # of order, captions, noise, dropout
-) -> tuple[list[dict],
-           list[tuple[float, float]]]: # `judge` after each epoch, `branch_norms` of each step
+) -> tuple[list[dict], list[tuple[float, float]]]: # of epochs: `judge`; of steps: `branch_norms`
     "Train two branches and watch both."
     g, curves, norms = torch.Generator().manual_seed(seed), [], []
-    optimizer, total = torch.optim.AdamW(decay_groups(model, 0.1),
-                                         lr=lr), epochs * math.ceil(len(train) / 64)
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=lr)
+    total = epochs * math.ceil(len(train) / 64)
     torch.manual_seed(seed)
     for _ in range(epochs):
         model.train()

@@ -99,25 +99,50 @@ def hide_modality(
     return None if u < p / 2 else img, None if p / 2 <= u < p else txt
 
 # %% ../nbs/10_training.ipynb #fea6af2b
-def _loss(head:nn.Module, loss:Callable, y:Tensor, *inputs:Tensor|None) -> Tensor: # ()
+def _loss(
+    head:nn.Module, # its `parts`, if it has them, gives several logits (B, C)
+    loss:Callable, # of logits and labels (B, C)
+    y:Tensor, # (B, C)
+    *inputs:Tensor|None, # img, txt, mask
+) -> Tensor: # ()
     "The loss of the head's logits, or the sum of the losses of its parts."
     parts = head.parts(*inputs) if hasattr(head, "parts") else [head(*inputs)]
     return sum(loss(logits, y) for logits in parts)
 
-def _drawn(tokens:Tokens, rows:Tensor, caption:int|None, p:float, g:torch.Generator,
-           device:torch.device) -> tuple[Tensor|None, ...]: # img, txt, mask, labels
-    "A batch of the training: a caption for each picture, and with probability `p` one modality."
+def _drawn(
+    tokens:Tokens, # of N pictures
+    rows:Tensor, # (B,) which of them
+    caption:int|None, # which caption; None: at random
+    p:float, # probability that one modality is hidden
+    g:torch.Generator, # where chance comes from
+    device:torch.device, # where to
+) -> tuple[Tensor|None, ...]: # img, txt, mask, labels
+    "A batch of the training."
     captions = choose_captions(tokens, rows, caption, generator=g)
     img, txt, mask, y = take(tokens, rows, captions, device)
     return *hide_modality(img, txt, p, g), mask, y
 
 # %% ../nbs/10_training.ipynb #af05f751
-def _start(head:nn.Module, tokens:Tokens, rows:int=2000):
-    "Give a head that asks for it the scale of its inputs, from the first captions of at most `rows` pictures."
+def _start(
+    head:nn.Module, # told in place, if it has `set_statistics`
+    tokens:Tokens, # of the training pictures
+    rows:int=2000, # at most so many of them are looked at
+):
+    "Give a head that asks for it the scale of its inputs, from first captions."
     if not hasattr(head, "set_statistics"): return
-    some = torch.arange(min(len(tokens), rows))
-    head.set_statistics(*take(tokens, some, choose_captions(tokens, some, 0),
-                              next(head.parameters()).device)[:3])
+    some, device = torch.arange(min(len(tokens), rows)), next(head.parameters()).device
+    head.set_statistics(*take(tokens, some, choose_captions(tokens, some, 0), device)[:3])
+
+def _optimizer(
+    head:nn.Module, # what is trained
+    lr:float, # largest learning rate
+    weight_decay:float, # of matrices
+    total:int, # steps of the whole training
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    "AdamW on the decay groups, and the schedule that steps with it."
+    optimizer = torch.optim.AdamW(decay_groups(head, weight_decay), lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total))
+    return optimizer, schedule
 
 # %% ../nbs/10_training.ipynb #5850c21c
 def fit(
@@ -138,8 +163,7 @@ def fit(
     device, g = next(head.parameters()).device, torch.Generator().manual_seed(seed)
     _start(head, tokens)
     total, history = epochs * math.ceil(len(tokens) / batch_size), []
-    optimizer = torch.optim.AdamW(decay_groups(head, weight_decay), lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total))
+    optimizer, schedule = _optimizer(head, lr, weight_decay, total)
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
         for epoch in range(epochs):
@@ -157,10 +181,15 @@ def fit(
     return history
 
 # %% ../nbs/10_training.ipynb #be7fc3f6
-def _no_number(value:Tensor, tokens:Tokens, rows:Tensor) -> str:
-    "The message for a loss that is nan or infinite."
+def _no_number(
+    value:Tensor, # (), nan or infinite
+    tokens:Tokens, # of N pictures
+    rows:Tensor, # (B,) which of them were in the batch
+) -> str: # a message
+    "What to say of a loss that is no number."
     ids = tokens.image_id[rows.numpy()].tolist()
-    return f"the loss is {value.item()} on the pictures {ids}: a smaller learning rate, or look at these pictures' tokens"
+    return (f"the loss is {value.item()} on the pictures {ids}: "
+            "a smaller learning rate, or look at these pictures' tokens")
 
 # %% ../nbs/10_training.ipynb #6ef375fc
 @torch.no_grad()
@@ -185,6 +214,23 @@ def predict(
     head.train(training)
     return torch.cat(out)
 
+# %% ../nbs/10_training.ipynb #w9step1
+def _step(
+    head:nn.Module, # changed in place
+    optimizer:torch.optim.Optimizer, # of its parameters
+    tokens:Tokens, # of N pictures
+    rows:Tensor, # (B,) which of them
+    g:torch.Generator, # where captions are drawn from
+) -> float: # the loss before the step
+    "One step on one batch."
+    captions = choose_captions(tokens, rows, generator=g)
+    *inputs, y = take(tokens, rows, captions, next(head.parameters()).device)
+    optimizer.zero_grad()
+    value = _loss(head, bce, y, *inputs)
+    value.backward()
+    optimizer.step()
+    return value.item()
+
 # %% ../nbs/10_training.ipynb #3c8c2334
 def find_rate(
     head:nn.Module, # head(img, txt, mask) -> logits (B, C); put back as it was
@@ -196,22 +242,17 @@ def find_rate(
     batch_size:int=64, # pictures a step
     seed:int=0, # of order and captions
 ) -> tuple[list[float], list[float]]: # rates, smoothed losses; shorter where the loss has exploded
-    "Learning-rate range test (Smith 2017), with a smoothed loss and its bias corrected as Adam's averages are."
-    state, g, rates, losses, mean = deepcopy(head.state_dict()), torch.Generator().manual_seed(seed), [], [], 0.0
+    "Learning-rate range test (Smith 2017); the running mean is corrected as Adam's averages are."
+    state, g = deepcopy(head.state_dict()), torch.Generator().manual_seed(seed)
     optimizer, order = torch.optim.AdamW(decay_groups(head, 0.0)), iter([])
+    rates, losses, mean = [], [], 0.0
     for i in range(steps):
         rows = next(order, None)
         if rows is None: rows = next(order := batches(len(tokens), batch_size, g))
-        for group in optimizer.param_groups: group["lr"] = low * (high / low) ** (i / (steps - 1))
-        *inputs, y = take(tokens, rows, choose_captions(tokens, rows, generator=g),
-                          next(head.parameters()).device)
-        optimizer.zero_grad()
-        value = _loss(head, bce, y, *inputs)
-        value.backward()
-        optimizer.step()
-        mean = 0.9 * mean + 0.1 * value.item()
-        rates, losses = [*rates, optimizer.param_groups[0]["lr"]], [*losses,
-            mean / (1 - 0.9 ** (i + 1))]
+        rates.append(low * (high / low) ** (i / (steps - 1)))
+        for group in optimizer.param_groups: group["lr"] = rates[-1]
+        mean = 0.9 * mean + 0.1 * _step(head, optimizer, tokens, rows, g)
+        losses.append(mean / (1 - 0.9 ** (i + 1)))
         if not losses[-1] < 4 * min(losses): break
     head.load_state_dict(state)
     return rates, losses

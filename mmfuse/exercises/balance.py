@@ -16,61 +16,81 @@ from ..losses import bce
 # %% ../../nbs/solutions/10b_balance.ipynb #7df549bb
 @checks("10b.1", "What is left to learn")
 def check_left(
-    left, # the reader's function (image, text, y (B,C)) -> (B,C): the gradient of the mean loss of their sum at the image's logits
-) -> str|None:
+    left, # the reader's function (image, text, y (B,C)) -> (B,C): the gradient at `image`
+) -> str|None: # what is not right yet
     "Against automatic differentiation, where the text is sure and where it knows nothing."
     g = torch.Generator().manual_seed(0)
     for name, size in (("knows nothing", 0.0), ("is sure", 6.0)):
-        image, y = torch.randn(3, 4, generator=g, requires_grad=True), (torch.rand(3, 4, generator=g) < 0.4).float()
+        image = torch.randn(3, 4, generator=g, requires_grad=True)
+        y = (torch.rand(3, 4, generator=g) < 0.4).float()
         text = size * (2 * y - 1)
         bce(image + text, y).backward()
-        with torch.no_grad(): said = torch.as_tensor(left(image.detach(), text, y))
-        times = float(said.norm() / image.grad.norm())
-        if abs(times - 1) > 1e-4 and torch.allclose(said, times * image.grad, rtol=1e-4, atol=1e-6):
-            return f"the direction is right, the length {times:.3g} times too large: the loss is a mean over {y.numel()} elements"
-        off = (said - image.grad).abs().max() / image.grad.abs().max()
-        if not off < 1e-4: return f"where the text {name}, the gradient is off by {100 * off:.0f} % of its largest entry"
+        right, said = image.grad, torch.as_tensor(left(image.detach(), text, y)).detach()
+        if said.shape != right.shape:
+            return f"the result is {tuple(said.shape)}, not {tuple(right.shape)}: one a logit"
+        times = float(said.norm() / right.norm())
+        if abs(times - 1) > 1e-4 and torch.allclose(said, times * right, rtol=1e-4, atol=1e-6):
+            return (f"the direction is right, the length {times:.3g} times what it should be: "
+                    f"the loss is a mean over {y.numel()} elements")
+        i, j = divmod(int((said - right).abs().argmax()), 4)
+        if not abs(said[i, j] - right[i, j]) < 1e-4 * right.abs().max():
+            return f"where the text {name}, an entry is {right[i, j]:.2g}, not {said[i, j]:.2g}"
 
 # %% ../../nbs/solutions/10b_balance.ipynb #7b9b68e1
 @checks("10b.2", "Find the bug: weights of a blend")
 def check_blend(
     blend, # the reader's function (train_before, train_after, val_before, val_after (K,)) -> (K,)
-) -> str|None:
+) -> str|None: # what is not right yet
     "Gain over squared growth of the gap; a part that got worse has weight 0."
-    cases = {"": ([.7, .7, .7], [.3, .2, .4], [.7, .7, .7], [.4, .4, .5]),
-             " where the first part had a gap to begin with": ([.6, .7, .7], [.3, .2, .4], [.7, .7, .7], [.45, .4, .5]),
-             " where the last part got worse": ([.7, .7, .7], [.3, .2, .1], [.7, .7, .7], [.4, .4, .8])}
+    cases = {
+        "": ([.7, .7, .7], [.3, .2, .4], [.7, .7, .7], [.4, .4, .5]),
+        " where the first part had a gap to begin with":
+            ([.6, .7, .7], [.3, .2, .4], [.7, .7, .7], [.45, .4, .5]),
+        " where the last part got worse": ([.7, .7, .7], [.3, .2, .1], [.7, .7, .7], [.4, .4, .8])}
     for name, losses in cases.items():
         given = [torch.tensor(x) for x in losses]
         want, got = blend_weights(*given), torch.as_tensor(blend(*given))
         if got.shape != want.shape: return f"expected {len(want)} weights, got {tuple(got.shape)}"
-        if not (got - want).abs().max() < 1e-3: return f"the weights{name} are {[round(float(w), 2) for w in want]}, not {[round(float(w), 2) for w in got]}"
+        if not (got - want).abs().max() < 1e-3:
+            want, got = ([round(float(w), 2) for w in v] for v in (want, got))
+            return f"the weights{name} are {want}, not {got}"
 
-# %% ../../nbs/solutions/10b_balance.ipynb #w2bs2
-def _journey(step, kind, factors:list[tuple[float, float]]) -> list[Tensor]: # two weights after each step
-    "Two groups of one weight each, under gradients that change."
-    weights = [nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)]
-    optimizer = kind([dict(params=[w]) for w in weights], lr=0.01)
+# %% ../../nbs/solutions/10b_balance.ipynb #w9path1
+_RATES = 0.01, 0.03 # of the two groups
+
+def _journey(
+    step, # (optimizer, factors): one step
+    kind:type, # of optimizer
+    factors:list[tuple[float, float]], # of each step
+) -> list[Tensor]: # two weights after each step
+    "Two groups of one weight each, under gradients that change. `ValueError` if a rate is changed."
+    weights = [nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in _RATES]
+    optimizer = kind([dict(params=[w], lr=lr) for w, lr in zip(weights, _RATES)])
     path = [torch.zeros(2, dtype=torch.float64)]
     for n, pair in enumerate(factors):
         for w in weights: w.grad = torch.full_like(w, 1 + 0.5 * (-1) ** n)
         step(optimizer, pair)
         path.append(torch.cat([w.detach().clone() for w in weights]))
         rates = [group["lr"] for group in optimizer.param_groups]
-        if any(abs(r - 0.01) > 1e-9 for r in rates): raise ValueError(f"the rates are {rates} after a step and were 0.01 before it: put them back")
+        if any(abs(r - lr) > 1e-9 for r, lr in zip(rates, _RATES)):
+            raise ValueError(f"the rates are {rates} after a step and were {list(_RATES)} "
+                             "before it: put them back")
     return path
 
+# %% ../../nbs/solutions/10b_balance.ipynb #w2bs2
 @checks("10b.3", "Find the bug: held back, and as fast as ever")
 def check_held_back(
-    held_back_step, # the reader's function (optimizer, factors): one step, group i goes factors[i] times as far
-) -> str|None:
-    "Under SGD and Adam, with factors that change from step to step, against the same steps without factors."
+    held_back_step, # the reader's function (optimizer, factors): a step, group i factors[i] as far
+) -> str|None: # what is not right yet
+    "SGD and Adam, with factors that change from step to step, against the steps without factors."
     factors = [(0.5, 1.0), (0.2, 1.0), (1.0, 0.4)] * 3
     for kind in (torch.optim.SGD, torch.optim.Adam):
         free = _journey(lambda optimizer, _: optimizer.step(), kind, factors)
         try: held = _journey(held_back_step, kind, factors)
         except ValueError as e: return str(e)
         for n, pair in enumerate(factors):
-            for name, k, whole, part in zip(("first", "second"), pair, free[n + 1] - free[n], held[n + 1] - held[n]):
-                if abs(part - k * whole) > 1e-6 * abs(whole):
-                    return f"under {kind.__name__}, step {n + 1}, the {name} group with factor {k:g} goes {float(part / whole):.2f} times as far"
+            whole, part = free[n + 1] - free[n], held[n + 1] - held[n]
+            for i, name in enumerate(("first", "second")):
+                if abs(part[i] - pair[i] * whole[i]) > 1e-6 * abs(whole[i]):
+                    return (f"under {kind.__name__}, step {n + 1}, the {name} group with factor "
+                            f"{pair[i]:g} goes {float(part[i] / whole[i]):.2f} times as far")

@@ -14,53 +14,83 @@ from torch import nn
 from .verdict import checks
 from ..losses import bce
 
-# %% ../../nbs/solutions/10a_longer.ipynb #eefaa655
+# %% ../../nbs/solutions/10a_longer.ipynb #w9part1
 def _head() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
-def _gradient(head:nn.Module) -> torch.Tensor: return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in head.parameters()])
+def _gradient(head:nn.Module) -> torch.Tensor: # all of it in a row
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in head.parameters()]
+    return torch.cat([p.flatten() for p in parts])
 
+def _after_a_batch(
+    accumulate, # the reader's function
+    head:nn.Module, # with whatever gradients it has
+    parts:list, # x (b, 6), y (b, 3) of each
+) -> str|None: # what is not right
+    "Gradient, loss and rows at once, against the whole batch in a fresh head."
+    x, y = (torch.cat(v) for v in zip(*parts))
+    (loss := bce((whole := _head())(x), y)).backward()
+    rows = [] # of each call of the head
+    hook = head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    said = accumulate(head, parts)
+    hook.remove()
+    off = ((_gradient(head) - _gradient(whole)).norm() / _gradient(whole).norm()).item()
+    if off > 1e-4: return f"the gradient is off by {100 * off:.0f} %"
+    if max(rows, default=0) > max(len(x) for x, _ in parts):
+        return f"the head gets {max(rows)} rows at once, more than fit: give it a part at a time"
+    if said is None: return "the gradient is right: return the loss as well"
+    if abs(float(said) - loss.item()) > 1e-5:
+        return f"the loss is {loss.item():.4f}, not {float(said):.4f}"
+
+# %% ../../nbs/solutions/10a_longer.ipynb #eefaa655
 @checks("10a.1", "A batch in parts")
 def check_accumulate(
-    accumulate, # the reader's function (head, parts of x (b,6), y (b,3)) -> mean loss of the batch; it leaves gradients behind
-) -> str|None:
+    accumulate, # the reader's function (head, parts of x (b,6), y (b,3)) -> mean loss of the batch
+) -> str|None: # what is not right yet
     "Whatever the cut, the gradient is that of the whole batch, and none of an earlier one."
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(12, 6, generator=g), (torch.rand(12, 3, generator=g) < 0.3).float()
-    (loss := bce((whole := _head())(x), y)).backward()
-    want = _gradient(whole)
     for sizes in ([12], [6, 6], [5, 5, 2], [11, 1]):
         head, parts = _head(), list(zip(x.split(sizes), y.split(sizes)))
         for name in ("from fresh parameters", "a second time, with old gradients still there"):
-            said = accumulate(head, parts)
-            if isinstance(said, torch.Tensor): said = said.item()
-            off = ((_gradient(head) - want).norm() / want.norm()).item()
-            if off > 1e-4: return f"in parts of {sizes}, {name}, the gradient is off by {100 * off:.0f} %"
-            if said is not None and abs(float(said) - loss.item()) > 1e-5: return f"in parts of {sizes} the loss is {loss.item():.4f}, not {float(said):.4f}"
+            text = _after_a_batch(accumulate, head, parts)
+            if text: return f"in parts of {sizes}, {name}, {text}"
 
 # %% ../../nbs/solutions/10a_longer.ipynb #d634f8c4
+def _walk(
+    head:nn.Module, # changed in place
+    seed:int, # of the numbers that are added
+) -> list[torch.Tensor]: # its weights afterwards
+    "A step that training might have made."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in head.parameters(): p.add_(torch.randn(p.shape, generator=g))
+    return [p.detach().clone() for p in head.parameters()]
+
 @checks("10a.2", "An average of weights")
 def check_average(
     average_into, # the reader's function (average, head, beta) -> average, changed in place
-) -> str|None:
+) -> str|None: # what is not right yet
     "Three steps against the formula; the head stays as it is, and no graph grows."
     head, average = _head(), _head()
     kept = [p.detach().clone() for p in average.parameters()]
-    for step in range(3):
-        with torch.no_grad():
-            for p in head.parameters(): p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)))
-        now = [p.detach().clone() for p in head.parameters()]
+    for step, steps in enumerate(("1 step", "2 steps", "3 steps")):
+        now = _walk(head, step)
         kept = [0.9 * a + 0.1 * w for a, w in zip(kept, now)]
-        if average_into(average, head, 0.9) is not average: return "return the same `average`, changed in place: others hold it too"
-        if any(not torch.equal(p, w) for p, w in zip(head.parameters(), now)): return "the head itself has changed: training must not know of the average"
-        if any(p.grad_fn is not None for p in average.parameters()): return "the average has a graph: it grows with every step, until memory is full"
+        if average_into(average, head, 0.9) is not average:
+            return "return the same `average`, changed in place: others hold it too"
+        if any(not torch.equal(p, w) for p, w in zip(head.parameters(), now)):
+            return "the head itself has changed: training must not know of the average"
+        if any(p.grad_fn is not None for p in average.parameters()):
+            return "the average has a graph: it grows with every step, until memory is full"
         off = max((a - b).abs().max().item() for a, b in zip(average.parameters(), kept))
-        if off > 1e-5: return f"after {step + 1} step{'s' * bool(step)} with beta = 0.9 it is off by {off:.2f}"
-    if not all(p.requires_grad for p in head.parameters()): return "the head can no longer be trained"
+        if off > 1e-5: return f"after {steps} with beta = 0.9 it is off by {off:.2f}"
+    if not all(p.requires_grad for p in head.parameters()):
+        return "the head can no longer be trained"
 
 # %% ../../nbs/solutions/10a_longer.ipynb #48c52176
-def _some_steps(head, optimizer, generator, n):
+def _some_steps(head:nn.Module, optimizer:torch.optim.Optimizer, generator:torch.Generator, n:int):
     "Noisy steps: what they do depends on weights, on Adam's memory and on the generator."
     for _ in range(n):
         x = torch.randn(4, 6, generator=generator)
@@ -68,23 +98,29 @@ def _some_steps(head, optimizer, generator, n):
         bce(head(x), (x[:, :3] > 0).float()).backward()
         optimizer.step()
 
-def _objects(seed:int) -> tuple:
+def _objects(seed:int) -> tuple: # head, optimizer, generator
     head = _head()
     return head, torch.optim.Adam(head.parameters(), lr=0.05), torch.Generator().manual_seed(seed)
+
+def _apart(a:nn.Module, b:nn.Module) -> float:
+    "The largest difference of two weights."
+    return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters()))
 
 @checks("10a.3", "Find the bug: going on")
 def check_going_on(
     save, # the reader's function (head, optimizer, generator) -> state
     restore, # the reader's function (state, head, optimizer, generator)
-) -> str|None:
+) -> str|None: # what is not right yet
     "Three steps, an accident, three steps: the weights of six in one go, to the last bit."
     _some_steps(*(whole := _objects(0)), 6)
     _some_steps(*(first := _objects(0)), 3)
-    state, at_three = save(*first), deepcopy(first[0].state_dict())
+    state, at_three = save(*first), deepcopy(first[0])
     _some_steps(*first, 5)  # the training went on before the accident
     restore(state, *(second := _objects(1)))
-    if any(not torch.equal(a, b) for a, b in zip(second[0].state_dict().values(), at_three.values())):
-        return "the weights that come back are not those that were saved: did the state change while training went on?"
+    if _apart(second[0], at_three):
+        return ("the weights that come back are not those that were saved: "
+                "did the state change while training went on?")
     _some_steps(*second, 3)
-    off = max((a - b).abs().max().item() for a, b in zip(second[0].parameters(), whole[0].parameters()))
-    if off: return f"after three steps more the weights differ by {off:.0e} from a training in one go"
+    if off := _apart(second[0], whole[0]):
+        return (f"after three steps more the weights differ by {off:.0e} from those of a training "
+                "in one go: what else does a step depend on?")
