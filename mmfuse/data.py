@@ -39,7 +39,8 @@ vase, scissors, teddy bear, hair drier, toothbrush"""
 CATEGORIES = dict(zip((i for i in range(1, 91) if i not in _GAPS), re.split(r",\s+", _NAMES)))
 
 # %% ../nbs/00_data.ipynb #b3b7fcbb
-_WORDS = """person: man, woman, boy, girl, child, kid, people, guy, lady, gentleman, player, baby,
+_STREET = """\
+person: man, woman, boy, girl, child, kid, people, guy, lady, gentleman, player, baby,
  toddler, adult, someone, crowd, rider, surfer, skier, snowboarder, skateboarder, skater, batter,
  pitcher, catcher, umpire, pedestrian, cyclist, bicyclist, motorcyclist, biker, men, women,
  children, couple, family, teenager, worker, driver, passenger, chef, student, swimmer, person's,
@@ -57,7 +58,10 @@ traffic light: stoplight, traffic signal, stop light, street light signal, signa
 fire hydrant: hydrant, fireplug
 stop sign: stop-sign
 parking meter: meter
-bench: park bench
+bench: park bench"""
+
+# %% ../nbs/00_data.ipynb #b3b70001
+_ANIMALS_AND_SPORT = """\
 bird: pigeon, duck, seagull, gull, goose, geese, parrot, owl, swan, chicken, rooster, hen, eagle,
  hawk, penguin, peacock, flamingo, pelican, crow, sparrow, heron, ostrich, hummingbird, ducklings,
  finch, turkey
@@ -86,7 +90,10 @@ baseball bat: bat
 baseball glove: mitt, catcher's mitt, glove
 skateboard: skate board, longboard
 surfboard: surf board, boogie board, bodyboard
-tennis racket: racket, racquet, tennis racquet
+tennis racket: racket, racquet, tennis racquet"""
+
+# %% ../nbs/00_data.ipynb #b3b70002
+_HOUSE = """\
 bottle: beer bottle, wine bottle, water bottle
 wine glass: wineglass, glass of wine, glasses of wine, goblet, champagne glass
 cup: mug, coffee cup, teacup, cup of coffee
@@ -128,6 +135,9 @@ scissors: scissor, shears
 teddy bear: stuffed bear, teddy, stuffed animal, teddybear, toy bear
 hair drier: hair dryer, blow dryer, hairdryer, blowdryer, hair-dryer
 toothbrush: tooth brush, toothbrushes"""
+
+# %% ../nbs/00_data.ipynb #b3b70004
+_WORDS = "\n".join((_STREET, _ANIMALS_AND_SPORT, _HOUSE))
 SYNONYMS = {name.strip(): (name.strip(), *(w.strip() for w in words.split(",")))
             for name, words in (s.split(":") for s in _WORDS.replace("\n ", " ").split("\n"))}
 
@@ -263,6 +273,9 @@ class _Rows(Sequence):
 # %% ../nbs/00_data.ipynb #393a3773
 class _Indexed(Dataset):
     "The attributes that an index gives; a pickle holds only what the index does not give again."
+    def __len__(self) -> int: return len(self.image_ids)
+    def path(self, i:int) -> Path: return Path(self._paths[i])
+
     def _read(self) -> dict:
         "Ids, files, sentences and labels of the pictures that count."
         rows, left_out = self._index.rows(self.keep_unlabelled, {i for i, _ in self.skipped})
@@ -324,8 +337,6 @@ class CocoPairs(_Indexed):
         content = json.dumps([self.classes, self.image_ids, names, sizes, said]).encode()
         return hashlib.sha256(content + self.labels.numpy().tobytes()).hexdigest()[:16]
 
-    def path(self, i:int) -> Path: return Path(self._paths[i])
-    def __len__(self) -> int: return len(self.image_ids)
     def __repr__(self) -> str:
         left = ", ".join(f"{n} {why}" for why, n in self.left_out.items() if n) or "nothing"
         return (f"CocoPairs({self.split}: {len(self)} pictures, {len(self.classes)} classes; "

@@ -105,6 +105,12 @@ class _ViTTrunk(nn.Module):
         return torch.cat([table[:, :1], to_tokens(grid)], 1)
 
 # %% ../nbs/02_image_encoder.ipynb #7b8999d6
+def _check_pictures(x:Tensor):
+    "Refuse what is no batch of pictures."
+    if x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point(): return
+    raise MmfuseError("expected pictures (B, 3, H, W) as .transform() gives them, "
+                      f"got {x.dtype} {tuple(x.shape)}")
+
 def _digest(trunk:nn.Module, size:int, recipe:dict) -> str: # 16 hex digits
     "Changes with any weight and with the preprocessing."
     digest = hashlib.sha256(repr((size, sorted(recipe.items()))).encode())
@@ -124,8 +130,8 @@ class ImageEncoder(nn.Module):
         **recipe, # more for `image_transform`: mean, std, crop, resize, interpolation
     ):
         super().__init__()
-        self.trunk, self.name, self.size, self.recipe = trunk.eval(), name, size, recipe
-        self.frozen = False
+        self.trunk, self.name, self.frozen = trunk.eval(), name, False
+        self.size, self.recipe = size, recipe
         with torch.no_grad(): grid = self.grid(torch.zeros(1, 3, size, size))
         self.dim, self.grid_size = grid.shape[1], tuple(grid.shape[2:])
 
@@ -133,9 +139,7 @@ class ImageEncoder(nn.Module):
         x:Tensor, # pictures as `transform` gives them (B, 3, H, W)
     ) -> Tensor: # (B, D, h, w), float32
         "Features in their places."
-        if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
-            raise MmfuseError("expected pictures (B, 3, H, W) as .transform() gives them, "
-                              f"got {x.dtype} {tuple(x.shape)}")
+        _check_pictures(x)
         grid = self.trunk(x.contiguous(memory_format=torch.channels_last))  # (B, D, h, w)
         return grid.float() if grid.dtype in (torch.float16, torch.bfloat16) else grid
 

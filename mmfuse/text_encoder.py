@@ -76,6 +76,14 @@ def _positions(model) -> int: # as many tokens fit
     offset = [m.padding_idx for m in tables if isinstance(m, nn.Embedding)]
     return n - (offset[0] + 1 if offset and offset[0] is not None else 0)
 
+def _prepare(tokenizer, model, name:str) -> int: # tokens at most
+    "Let a tokenizer pad on the right and cut at what the model has positions for."
+    if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    check_tokenizer(tokenizer, name, model.get_input_embeddings().num_embeddings)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(model))
+    return tokenizer.model_max_length
+
 # %% ../nbs/03_text_encoder.ipynb #8ffc46de
 def by_length(
     encoder, # maps ids (b, t) and mask (b, t) to tokens (b, t, D)
@@ -113,11 +121,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.name, self.frozen = model, tokenizer, name, False
         self.dim = model.config.hidden_size
-        if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "right"
-        check_tokenizer(tokenizer, name, model.get_input_embeddings().num_embeddings)
-        self.max_length = min(tokenizer.model_max_length, _positions(model))
-        tokenizer.model_max_length = self.max_length
+        self.max_length = _prepare(tokenizer, model, name)
         self.train(model.training)
 
     def forward(self,
@@ -126,9 +130,8 @@ class TextEncoder(nn.Module):
     ) -> Tensor: # (B, T, D), zeros where the mask is False
         if mask is None: mask = torch.ones_like(input_ids, dtype=torch.bool)
         _check_ids(input_ids, mask, self.max_length, self.name)
-        out = self.model(input_ids=input_ids, attention_mask=mask.long())
-        out = out.last_hidden_state  # (B, T, D)
-        return torch.where(mask.bool().unsqueeze(-1), out, 0)
+        tokens = self.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+        return torch.where(mask.bool().unsqueeze(-1), tokens, 0)  # (B, T, D)
 
     def freeze(self) -> "TextEncoder": # itself
         "No gradients and no dropout, from now on: a later `.train()` changes nothing."

@@ -99,5 +99,7 @@ def check_leak(
         found = len(set(rows[np.asarray(hold_out(rows.copy(), share, 0))].tolist())) / 1000
         if abs(found - share) > .06:
             return f"{share:.0%} of the pictures were asked for, {found:.0%} are held out"
-    if not np.array_equal(test, hold_out(rows.copy(), .2, 0)): return "the same seed gives another split"
-    if np.array_equal(test, hold_out(rows.copy(), .2, 1)): return "another seed gives the same split"
+    if not np.array_equal(test, hold_out(rows.copy(), .2, 0)):
+        return "the same seed gives another split"
+    if np.array_equal(test, hold_out(rows.copy(), .2, 1)):
+        return "another seed gives the same split"

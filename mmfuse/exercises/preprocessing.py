@@ -29,7 +29,8 @@ def check_to_bytes(
             return (f"of 256 values of red {wrong} come back changed, by {worst} at most "
                     f"(mean {mean[0]})")
     beyond = to_bytes(torch.tensor([-9., 9.]).expand(3, 1, 2), mean, std)[0, 0].tolist()
-    if beyond != [0, 255]: return f"values below black and above white become {beyond}, not [0, 255]"
+    if beyond != [0, 255]:
+        return f"values below black and above white become {beyond}, not [0, 255]"
 
 # %% ../../nbs/solutions/01_preprocessing.ipynb #a89c9035
 _MIRRORED = {"a dog left of a cat": "a dog right of a cat",

@@ -58,6 +58,7 @@ def check_silent_unk(
     cases = (("a trapped tokenizer", trapped, ["a puppy asleep"], False),
              ("a right one", right, ["a puppy"], True),
              ("a right one, with one odd word of four,", right, ["a puppy asleep", "kayaks"], True),
+             ("a right one, with the odd word first,", right, ["kayaks", "a puppy asleep"], True),
              ("a right one, of another world,", right, ["kayaks drift", "a glacier"], False))
     for name, tokenizer, captions, want in cases:
         if bool(knows(tokenizer, captions)) != want:
@@ -69,19 +70,18 @@ def check_silent_unk(
 def check_words_only(
     words_only:Callable[[Tensor], Tensor], # the reader's: bool (B, T) -> bool (B, T)
 ) -> str|None: # what is not right yet
-    "The mask without its first and its last real token, for every length."
-    for T in (1, 2, 4, 6):
-        mask = torch.arange(T) < torch.arange(T + 1).unsqueeze(1)  # (T + 1, T), all lengths
+    "The mask without its first and its last real token, for every length, padded on either side."
+    lengths = [torch.arange(T) < torch.arange(T + 1).unsqueeze(1) for T in (1, 2, 4, 6)]
+    for mask in (*lengths, *(right.flip(1) for right in lengths)):  # (T + 1, T)
         before = mask.clone()
         got = words_only(mask)
         if not torch.equal(mask, before): return "the mask that was given has been changed in place"
         if got.shape != mask.shape or got.dtype != torch.bool:
             return f"expected bool {tuple(mask.shape)}, got {got.dtype} {tuple(got.shape)}"
-        for n, row in enumerate(got):
-            want = [0 < t < n - 1 for t in range(T)]
-            if row.tolist() != want:
-                return (f"of {n} real tokens in {T} places: {row.int().tolist()}, not "
-                        f"{list(map(int, want))}")
+        for real, row in zip(mask.int(), got.int().tolist()):
+            words = real.nonzero().flatten().tolist()[1:-1]
+            want = [int(t in words) for t in range(len(row))]
+            if row != want: return f"of the mask {real.tolist()} is left {row}, not {want}"
 
 # %% ../../nbs/solutions/03_text_encoder.ipynb #e7219852
 @checks("03.4", "Find the bug: first, but not real")
