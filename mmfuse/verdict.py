@@ -61,7 +61,9 @@ def verdict(
 ) -> str: # one sentence
     "One modality, two opinions, or a pair."
     reads = [k for k, p in r["permuted"].items() if p["drop"] > max(2 * p["std"], 0.005)]
-    if not reads: return "It reads neither: its answers do not depend on what it is shown."
+    if not reads:
+        return ("It reads neither: its score is the same, but for chance, when either is "
+                "shuffled.")
     if len(reads) == 1: return f"Not fusion: it reads the {reads[0]} alone."
     low, high = r["interaction"]["ci95"]
     worth = f"{r['interaction']['absolute']:+.3f} [{low:+.3f}, {high:+.3f}]"
